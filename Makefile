@@ -1,0 +1,57 @@
+# Everything runs in .venv, made on first use. Another Python: make test PYTHON=python3.12
+# Arguments for what is run: make test ARGS="-k watermark"
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types bench torture clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.has-demo  ## the whole story on this machine, with an embedded MLflow
+	@$(BIN)/mlflow-relay demo $(ARGS)
+
+test: $(VENV)/.has-test  ## the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.has-dev  ## ruff: rules and format
+	@$(BIN)/ruff check . $(ARGS)
+	@$(BIN)/ruff format --check .
+
+types: $(VENV)/.has-dev  ## mypy, strict
+	@$(BIN)/mypy $(ARGS)
+
+bench: $(VENV)/.has-test  ## the benchmarks, beside their targets
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time
+	@$(BIN)/python -m pytest -m torture $(ARGS)
+
+clean:  ## remove the environment, caches and what was built
+	@rm -rf $(VENV) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@find client daemon tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each extra: a second call is quick, a changed pyproject.toml installs again.
+$(VENV)/.has-%: pyproject.toml | $(VENV)/.made
+	@echo "Installing mlflow-relay[$*] into $(VENV); this takes a minute or two, once."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(VENV)/.made:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "$(PYTHON) not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3"; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), 3.10 or newer is needed: make PYTHON=python3.12"; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) cannot make environments: install its venv package (Debian, Ubuntu: apt install python3-venv)"; \
+	  exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=21.3'  # editable installs
+	@touch $@

@@ -1,0 +1,301 @@
+"""The memory-mapped files in which a session keeps the records that are not acknowledged.
+
+A call that has returned is in these files, and the kernel keeps them when the process is killed:
+bytes are copied first and the tail is moved after. The base file is locked with a POSIX record
+lock, which the kernel drops at death and which a forked child does not inherit: the daemon knows
+without guessing at pids which sessions are over. Bytes: journal_files.py; PROTOCOL.md, Journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections import deque
+from itertools import count
+from pathlib import Path
+from threading import RLock
+from typing import NamedTuple
+
+from .errors import JournalError
+from .frames import FRAME_BYTES_TARGET, cut_entries, pack_entry, pack_frame
+from .journal_files import (
+    ACKED_WORD,
+    BASE_SUFFIX,
+    CARD_AT,
+    ENTRIES_AT,
+    ENTRIES_SUFFIX,
+    LOST_WORD,
+    NEW_SUFFIX,
+    NEXT_SEQ_WORD,
+    TAIL_WORD,
+    pack_base_head,
+    pack_entries_head,
+)
+
+#: Two of these (one in use, one in reserve) are what a journal starts with.
+ENTRIES_FILE_BYTES = 8 << 20
+ENTRIES_FILE_BYTES_MIN = 64 << 10
+
+
+class SentFrame(NamedTuple):
+    """A frame, and the places in the journal where its entries begin and end."""
+
+    data: bytes
+    first_seq: int
+    next_seq: int
+    start: tuple[_EntriesFile, int]
+    end: tuple[_EntriesFile, int]
+
+    @property
+    def body_bytes(self) -> int:
+        return self.end[1] - self.start[1]
+
+
+class _EntriesFile:
+    """One preallocated file. `tail` is where the next entry goes."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        self.tail = ENTRIES_AT
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # A sparse mapping on a full file system is a SIGBUS in the middle of training.
+            os.posix_fallocate(fd, 0, size)
+            # The page tables are filled now, in the background, and not at a log call.
+            self.map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        self.view = memoryview(self.map)
+        self._words = self.view[:ENTRIES_AT].cast("Q")
+
+    def begin(self, session: bytes, first_seq: int) -> None:
+        """Take the file into use; the first record in it will have this sequence number."""
+        self._words[TAIL_WORD] = ENTRIES_AT
+        head = pack_entries_head(session, first_seq)
+        self.map[: len(head)] = head
+
+    def commit(self, tail: int) -> None:
+        """Let all before `tail` count: one aligned store, of which there is no half."""
+        self.tail = tail
+        self._words[TAIL_WORD] = tail
+
+    def close(self, *, unlink: bool) -> None:
+        self._words.release()
+        self.view.release()
+        self.map.close()
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+
+class Journal:
+    """A session's journal. The rank's threads call `append`; all the rest is its sender's.
+
+    Args:
+        folder: exists; on a file system in memory if log calls are to be quick at all times.
+        session: 16 bytes.
+        card: what the daemon must know to take the session over when nobody is left to tell it.
+        bytes_max: of all entries files together; beyond it records are lost, and counted.
+
+    Raises: JournalError: no space, no permission.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        session: bytes,
+        card: bytes,
+        *,
+        bytes_max: int,
+        file_bytes: int = ENTRIES_FILE_BYTES,
+    ) -> None:
+        self.session = session
+        self.path = folder / (session.hex() + BASE_SUFFIX)
+        self.next_seq = 0  #: of the record that comes next
+        self.acked = 0  #: all records before this one are fsynced in the spool
+        self.lost = 0  #: records that found the journal full
+        self.in_flight_bytes = 0
+        self._lock = RLock()  # a signal handler may log in the middle of a log call
+        self._file_bytes = max(ENTRIES_FILE_BYTES_MIN, min(file_bytes, bytes_max))
+        self._files_max = max(1, bytes_max // self._file_bytes)
+        self._numbers = count(1)
+        self._files: deque[_EntriesFile] = deque()
+        self._spare: _EntriesFile | None = None
+        self._rolling = False
+        self._in_flight: deque[SentFrame] = deque()
+        try:
+            self._open_base(card)
+            try:
+                self._current = self._make_file()
+            except OSError:
+                self.close(unlink=True)
+                raise
+        except OSError as error:
+            raise JournalError(
+                f"cannot keep a journal in {folder}: {error.strerror}. "
+                "Set MLFLOW_RELAY_SOCKET to a path in a folder that has space for it"
+            ) from error
+        self._current.begin(session, 0)
+        self._files.append(self._current)
+        self._sent_to = (self._current, ENTRIES_AT)
+        # Only now may the daemon see it: complete, and locked.
+        os.rename(self.path.with_suffix(NEW_SUFFIX), self.path)
+
+    # ── the rank's threads ──
+
+    def append(self, record: bytes) -> bool:
+        """Keep a record. Returns False if the journal is full: the record is lost, and counted.
+
+        Crash: SIGKILL at any line leaves the records before this one, and this one whole or not
+            at all.
+        """
+        entry = pack_entry(record)
+        size = len(entry)
+        with self._lock:
+            while True:
+                file = self._current
+                at = file.tail
+                end = at + size
+                if end > file.size:
+                    if self._roll(size):
+                        continue
+                    self.lost += 1
+                    self._words[LOST_WORD] = self.lost
+                    return False
+                file.map[at:end] = entry
+                # A signal handler that logged between these lines (RLock lets it in) has put its
+                # record here and moved the tail: then ours goes behind it.
+                if file.tail == at:
+                    file.commit(end)
+                    self.next_seq += 1
+                    self._words[NEXT_SEQ_WORD] = self.next_seq
+                    return True
+
+    def _roll(self, size: int) -> bool:
+        """Go on in the next file.
+
+        The spare is ready, unless 8 MB came between two ticks of the sender: only then is a file
+        made here, in the caller's thread.
+        """
+        if self._rolling or size > self._file_bytes - ENTRIES_AT:
+            return False
+        self._rolling = True
+        try:
+            file = self._spare or self._try_make_file()
+            if file is None:
+                return False
+            self._spare = None
+            file.begin(self.session, self.next_seq)
+            self._files.append(file)
+            self._current = file
+            return True
+        finally:
+            self._rolling = False
+
+    # ── the sender ──
+
+    def prepare(self) -> None:
+        """Have the next file ready before it is needed.
+
+        Without the lock: no log call waits while the kernel allocates. Nobody else sets a spare.
+        """
+        if self._spare is None:
+            self._spare = self._try_make_file()
+
+    def next_frame(self) -> SentFrame | None:
+        """Return the oldest records that were not sent, as a frame; None if there are none."""
+        file, at = self._sent_to
+        while True:
+            left = file is not self._current  # asked first: a file that is left grows no more
+            if at < file.tail:
+                break
+            if not left:
+                return None
+            file, at = self._files[self._files.index(file) + 1], ENTRIES_AT
+        seq = self._in_flight[-1].next_seq if self._in_flight else self.acked
+        records, end = cut_entries(file.view, at, file.tail, FRAME_BYTES_TARGET)
+        data = pack_frame(self.session, seq, records, file.view[at:end])
+        return SentFrame(data, seq, seq + records, (file, at), (file, end))
+
+    def mark_sent(self, frame: SentFrame) -> None:
+        """The frame is on its way: `next_frame` goes on behind it."""
+        self._in_flight.append(frame._replace(data=b""))
+        self._sent_to = frame.end
+        self.in_flight_bytes += frame.body_bytes
+
+    def ack(self, next_seq: int) -> None:
+        """All before `next_seq` is fsynced elsewhere: give its space back."""
+        while self._in_flight and self._in_flight[0].next_seq <= next_seq:
+            frame = self._in_flight.popleft()
+            self.in_flight_bytes -= frame.body_bytes
+            self.acked = frame.next_seq
+        self._words[ACKED_WORD] = self.acked
+        keep = self._in_flight[0].start[0] if self._in_flight else self._sent_to[0]
+        while self._files[0] is not keep:
+            self._files.popleft().close(unlink=True)
+
+    def rewind(self, next_seq: int) -> None:
+        """The spool has all before `next_seq` and asks for what follows: send it again."""
+        self.ack(next_seq)
+        while self._in_flight:
+            frame = self._in_flight.pop()
+            self.in_flight_bytes -= frame.body_bytes
+            self._sent_to = frame.start
+
+    @property
+    def unacked(self) -> int:
+        """Records that are kept here and nowhere else."""
+        return self.next_seq - self.acked
+
+    def close(self, *, unlink: bool) -> None:
+        """Unmap and unlock.
+
+        Args:
+            unlink: True once all is acked; False where the files must stay for the daemon, and in
+                a forked child, which lets go of its parent's.
+        """
+        spares = [self._spare] if self._spare else []
+        for file in (*self._files, *spares):
+            file.close(unlink=unlink)
+        self._files.clear()
+        self._spare = None
+        self._words.release()
+        self._base.close()
+        if unlink:
+            self.path.unlink(missing_ok=True)
+            self.path.with_suffix(NEW_SUFFIX).unlink(missing_ok=True)
+        os.close(self._fd)
+
+    # ── files ──
+
+    def _open_base(self, card: bytes) -> None:
+        new = self.path.with_suffix(NEW_SUFFIX)
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._fd, 0, CARD_AT + len(card))
+            self._base = mmap.mmap(self._fd, CARD_AT + len(card))
+        except OSError:
+            os.unlink(new)
+            os.close(self._fd)
+            raise
+        self._words = memoryview(self._base)[:CARD_AT].cast("Q")
+        self._base[CARD_AT:] = card
+        head = pack_base_head(card)
+        self._base[: len(head)] = head
+
+    def _make_file(self) -> _EntriesFile:
+        name = f"{self.session.hex()}.{next(self._numbers):06d}{ENTRIES_SUFFIX}"
+        return _EntriesFile(self.path.with_name(name), self._file_bytes)
+
+    def _try_make_file(self) -> _EntriesFile | None:
+        """Return a new file, or None if the limit is reached or the file system has no space."""
+        if len(self._files) + bool(self._spare) >= self._files_max:
+            return None
+        try:
+            return self._make_file()
+        except OSError:
+            return None

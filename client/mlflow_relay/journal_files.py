@@ -1,0 +1,129 @@
+"""Bytes of the two files of a journal ⇄ values. Pure; the daemon reads dead ranks' files with it.
+
+    <session>.journal       magic, length and CRC of the card; counters; the card
+    <session>.<n>.entries   magic, session, first sequence number; tail; entries (frames.py)
+
+Counters and tail are 8-byte words in the machine's order: they change by one aligned store, so that
+there is no half of them, and they never leave the machine. See PROTOCOL.md, Journal.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+from zlib import crc32
+
+from .errors import FormatError, VersionError
+from .frames import FRAME_BYTES_TARGET, iter_entries, pack_entry, pack_frame
+
+BASE_SUFFIX, ENTRIES_SUFFIX = ".journal", ".entries"
+NEW_SUFFIX = ".new"  # of a base file that is being made
+_VERSION = 1
+_BASE_MAGIC, _ENTRIES_MAGIC = b"MRJ", b"MRE"
+
+# The base file. Words are counted from the start of the file.
+_BASE_HEAD = struct.Struct("<3sBII")  # magic, version, length and CRC of the card
+NEXT_SEQ_WORD, ACKED_WORD, LOST_WORD = 2, 3, 4
+_COUNTERS = struct.Struct("@3Q")
+_COUNTERS_AT = 16
+CARD_AT = 64
+CARD_BYTES_MAX = 1 << 20
+
+# An entries file.
+_ENTRIES_HEAD = struct.Struct("<3sB4x16sQ")  # magic, version, session, first sequence number
+TAIL_WORD = 4
+_TAIL = struct.Struct("@Q")
+_TAIL_AT = 32
+ENTRIES_AT = 64
+
+
+class Base(NamedTuple):
+    """What the base file says."""
+
+    card: bytes
+    next_seq: int  #: records accepted so far; may be one behind
+    acked: int  #: records that the spool has
+    lost: int  #: records that found the journal full
+
+
+def pack_base_head(card: bytes) -> bytes:
+    """Return what stands at the start of a base file."""
+    return _BASE_HEAD.pack(_BASE_MAGIC, _VERSION, len(card), crc32(card))
+
+
+def read_base(data: bytes) -> Base:
+    """Return what a base file says. Raises: FormatError, VersionError."""
+    if len(data) < CARD_AT:
+        raise FormatError(f"journal of {len(data)} bytes")
+    magic, version, length, crc = _BASE_HEAD.unpack_from(data)
+    _check_magic(magic, version, _BASE_MAGIC)
+    card = data[CARD_AT : CARD_AT + length]
+    if len(card) != length or crc32(card) != crc:
+        raise FormatError("the card of the journal is damaged")
+    return Base(card, *read_counters(data))
+
+
+def read_counters(data: bytes) -> tuple[int, int, int]:
+    """Return (next sequence number, acknowledged, lost) from the first 64 bytes of a base file."""
+    next_seq, acked, lost = _COUNTERS.unpack_from(data, _COUNTERS_AT)
+    return next_seq, acked, lost
+
+
+def pack_entries_head(session: bytes, first_seq: int) -> bytes:
+    """Return what stands at the start of an entries file, before its tail."""
+    return _ENTRIES_HEAD.pack(_ENTRIES_MAGIC, _VERSION, session, first_seq)
+
+
+class Salvage(NamedTuple):
+    """What could be read of one entries file."""
+
+    frames: list[bytes]  #: in order; where records are damaged, sequence numbers are missing
+    next_seq: int  #: behind the last record that the file held
+    damaged: int  #: records whose CRC does not fit
+
+
+def salvage_entries(data: bytes, session: bytes, from_seq: int) -> Salvage:
+    """Return the records of a dead session's entries file from `from_seq` on, as frames.
+
+    A damaged tail is no reason to lose records: each has a CRC of its own, so reading goes on as
+    long as they hold.
+
+    Raises: FormatError, VersionError: not an entries file of this session.
+    """
+    if len(data) < ENTRIES_AT:
+        raise FormatError(f"entries file of {len(data)} bytes")
+    magic, version, owner, first_seq = _ENTRIES_HEAD.unpack_from(data)
+    _check_magic(magic, version, _ENTRIES_MAGIC)
+    if owner != session:
+        raise FormatError("entries of another session")
+    (tail,) = _TAIL.unpack_from(data, _TAIL_AT)
+    trusted = ENTRIES_AT <= tail <= len(data)
+    body = memoryview(data)[ENTRIES_AT : tail if trusted else len(data)]
+    frames: list[bytes] = []
+    damaged, seq = 0, first_seq
+    group: list[bytes] = []
+    group_seq = group_bytes = 0
+    for record in iter_entries(body):
+        if not trusted and (record is None or not record):
+            break  # what follows the last entry of an unknown tail is not ours
+        usable = record is not None and seq >= from_seq
+        damaged += record is None
+        if group and (not usable or group_bytes >= FRAME_BYTES_TARGET):
+            frames.append(pack_frame(session, group_seq, len(group), b"".join(group)))
+            group = []
+        if usable and record is not None:
+            if not group:
+                group_seq, group_bytes = seq, 0
+            group.append(pack_entry(record))
+            group_bytes += len(group[-1])
+        seq += 1
+    if group:
+        frames.append(pack_frame(session, group_seq, len(group), b"".join(group)))
+    return Salvage(frames, seq, damaged)
+
+
+def _check_magic(magic: bytes, version: int, expected: bytes) -> None:
+    if magic != expected:
+        raise FormatError("not a journal file")
+    if version != _VERSION:
+        raise VersionError(f"journal of version {version}; this release reads {_VERSION}")

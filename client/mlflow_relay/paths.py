@@ -1,0 +1,54 @@
+"""Where rank and daemon of a node meet: the socket, and the journals beside it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from .errors import RelayError
+
+#: sun_path of a unix socket holds 108 bytes with the closing zero (unix(7)).
+SOCKET_PATH_BYTES_MAX = 107
+SYSTEM_RUNTIME_DIR = Path("/run/mlflow-relay")
+
+
+def default_socket() -> Path:
+    """Return the socket that all processes of this user on this node agree on.
+
+    MLFLOW_RELAY_SOCKET, else that of a system-wide daemon if one is installed, else one in memory
+    (/dev/shm): a page of a journal on a disk can stall a log call while it is written back.
+    XDG_RUNTIME_DIR is no help: batch jobs often do not have what a login shell has, and the two
+    would not meet.
+    """
+    named = os.environ.get("MLFLOW_RELAY_SOCKET")
+    if named:
+        return Path(named)
+    if (SYSTEM_RUNTIME_DIR / "relay.sock").exists():
+        return SYSTEM_RUNTIME_DIR / "relay.sock"
+    memory = Path("/dev/shm")  # noqa: S108  # the folder in it is ours alone: see private_dir
+    root = memory if os.access(memory, os.W_OK) else Path("/tmp")  # noqa: S108
+    return root / f"mlflow-relay-{os.getuid()}" / "relay.sock"
+
+
+def journal_dir(socket: Path) -> Path:
+    """Return the folder of the journals that belong to the daemon of this socket."""
+    return socket.parent / "journals"
+
+
+def private_dir(path: Path) -> Path:
+    """Make the folder, for this user alone (0700), and return it.
+
+    Raises: RelayError: it cannot be made, or belongs to somebody else who could read what is
+        written there.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise RelayError(f"cannot make the folder {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(found.st_mode):
+        raise RelayError(f"{path} is no folder (a link or a file stands there): remove it")
+    if found.st_uid != os.getuid() and not os.access(path, os.W_OK):
+        raise RelayError(f"{path} belongs to uid {found.st_uid}: choose another socket path")
+    return path

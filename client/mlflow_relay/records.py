@@ -1,0 +1,262 @@
+"""One log call ⇄ bytes. Pure. See PROTOCOL.md, Records.
+
+A record is a msgpack array: [kind, timestamp in ms, ...]:
+
+    METRICS  [1, t, step or [step, ...], [key, ...], values]   values: big-endian float64s, as bin
+    PARAMS   [2, t, {key: value}]
+    TAGS     [3, t, {key: value}]
+    END      [4, t, status, reason]
+
+The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
+call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
+NumPy's, torch's) in C. It reads back as msgpack like the others.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgpack
+
+from .errors import FormatError
+from .frames import RECORD_BYTES_MAX
+
+METRICS, PARAMS, TAGS, END = 1, 2, 3, 4
+
+#: What one record holds at most: one request of MLflow's, so that a record never spans many.
+METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
+TEXTS_PER_RECORD_MAX = 100  # ... MAX_PARAMS_TAGS_PER_BATCH
+
+#: How a run can end, as MLflow spells it.
+END_STATUSES = ("FINISHED", "FAILED", "KILLED")
+
+_INT64 = 0xD3
+_METRICS_HEAD = bytes((0x95, METRICS, _INT64))
+_LAYOUTS_MAX = 1024  # key sets kept; a program that makes up keys at each call must not grow
+_STEP_MIN, _STEP_MAX = -(1 << 63), (1 << 63) - 1
+
+
+class Metrics(NamedTuple):
+    """Values of one call; `steps` has one entry for each key."""
+
+    timestamp_ms: int
+    steps: Sequence[int]
+    keys: Sequence[str]
+    values: Sequence[float]
+
+
+class Params(NamedTuple):
+    timestamp_ms: int
+    items: Mapping[str, str]
+
+
+class Tags(NamedTuple):
+    timestamp_ms: int
+    items: Mapping[str, str]
+
+
+class End(NamedTuple):
+    """The rank's own word that it is over."""
+
+    timestamp_ms: int
+    status: str  #: one of END_STATUSES
+    reason: str  #: "" if there is nothing to tell
+
+
+Record = Metrics | Params | Tags | End
+
+
+class MetricsPacker:
+    """Packs metrics; keeps the fixed part of each set of keys that it has seen.
+
+    Args:
+        prefix: stands before every key, such as "rank_3/".
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
+        self._layouts: dict[tuple[str, ...], tuple[struct.Struct, bytes]] = {}
+
+    def pack(self, metrics: Mapping[str, Any], step: int, timestamp_ms: int) -> bytes:
+        """Return the record of one call, all keys at one step.
+
+        Args:
+            metrics: 1 to METRICS_PER_RECORD_MAX values; anything with `__float__` or `.item()`.
+            step: a signed 64-bit integer.
+
+        Raises: TypeError, ValueError: a key, value or step that MLflow could never take, by name.
+        """
+        layout = self._layouts.get(tuple(metrics))
+        if layout is None:
+            layout = self._add_layout(tuple(metrics))
+        form, fixed = layout
+        try:
+            return form.pack(_METRICS_HEAD, timestamp_ms, _INT64, step, fixed, *metrics.values())
+        except (struct.error, OverflowError):
+            values = [to_float(key, value) for key, value in metrics.items()]
+            return form.pack(_METRICS_HEAD, timestamp_ms, _INT64, to_step(step), fixed, *values)
+
+    def pack_steps(
+        self, metrics: Mapping[str, Any], steps: Sequence[int], timestamp_ms: int
+    ) -> bytes:
+        """Return the record of one call whose keys stand at steps of their own."""
+        keys = [self._prefix + check_key("metric", key) for key in metrics]
+        values = [to_float(key, value) for key, value in metrics.items()]
+        return _packed(
+            [METRICS, timestamp_ms, list(steps), keys, struct.pack(f">{len(keys)}d", *values)]
+        )
+
+    def _add_layout(self, keys: tuple[str, ...]) -> tuple[struct.Struct, bytes]:
+        if len(self._layouts) >= _LAYOUTS_MAX:
+            self._layouts.clear()
+        names = [self._prefix + check_key("metric", key) for key in keys]
+        fixed = msgpack.packb(names) + _bin_head(8 * len(names))
+        form = struct.Struct(f">3sqBq{len(fixed)}s{len(names)}d")
+        self._layouts[keys] = form, fixed
+        return form, fixed
+
+
+def pack_params(items: Mapping[str, str], timestamp_ms: int) -> bytes:
+    """Return the record of params; keys and values must have passed `check_key` and `to_text`."""
+    return _packed([PARAMS, timestamp_ms, items])
+
+
+def pack_tags(items: Mapping[str, str], timestamp_ms: int) -> bytes:
+    """Return the record of tags; keys and values must have passed `check_key` and `to_text`."""
+    return _packed([TAGS, timestamp_ms, items])
+
+
+def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
+    """Return the record that ends a session's part of the run."""
+    return _packed([END, timestamp_ms, status, reason])
+
+
+def unpack_record(record: bytes) -> Record:
+    """Return the call that a record holds, every type checked.
+
+    MLflow's server answers 200 and drops the rest of a body in which one field has a wrong type:
+    nothing may pass here that is not what it says.
+
+    Raises: FormatError: no record of this release.
+    """
+    try:
+        match msgpack.unpackb(record):
+            case [int(kind), int(timestamp_ms), steps, [*keys], bytes(packed)] if kind == METRICS:
+                values = struct.unpack(f">{len(packed) // 8}d", packed)
+                step_list = [steps] * len(keys) if isinstance(steps, int) else steps
+                _check_metrics(keys, values, step_list)
+                return Metrics(timestamp_ms, step_list, keys, values)
+            case [int(kind), int(timestamp_ms), {**items}] if kind in (PARAMS, TAGS):
+                return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
+            case [int(kind), int(timestamp_ms), str(status), str(reason)] if kind == END:
+                if status not in END_STATUSES:
+                    raise FormatError(f"a run cannot end {status!r}")
+                return End(timestamp_ms, status, reason)
+    except FormatError:
+        raise
+    except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
+        raise FormatError(f"not a record: {error}") from error
+    raise FormatError("a record of a kind that this release does not know")
+
+
+def check_key(what: str, key: object) -> str:
+    """Return the key. Raises: TypeError: no text; ValueError: empty, or not to be encoded."""
+    if not isinstance(key, str):
+        raise TypeError(f"{what} key {key!r} is a {type(key).__name__}; it must be a str")
+    if not key:
+        raise ValueError(f"{what} key is empty")
+    return _encodable(f"{what} key", key)
+
+
+def to_text(what: str, key: str, value: object) -> str:
+    """Return `str(value)`. Raises: ValueError: it cannot be encoded, or is larger than a record."""
+    text = _encodable(f"{what} {key!r}: its value", str(value))
+    if len(text) > RECORD_BYTES_MAX // 8:  # four bytes a character at most, and room for the key
+        raise ValueError(
+            f"{what} {key!r}: its value has {len(text)} characters; "
+            f"at most {RECORD_BYTES_MAX // 8} can be kept: log it as an artifact"
+        )
+    return text
+
+
+def to_float(key: str, value: Any) -> float:
+    """Return the number. Raises: TypeError: it is none; names key and value."""
+    try:
+        return float(value if hasattr(value, "__float__") else value.item())
+    except OverflowError:
+        raise ValueError(f"metric {key!r}: {_short(value)} is too large for a float64") from None
+    except Exception as error:  # whatever a foreign __float__ or item raises
+        raise TypeError(
+            f"metric {key!r}: {_short(value)} ({type(value).__name__}) is no number"
+        ) from error
+
+
+def to_step(step: Any) -> int:
+    """Return the step as an int. Raises: TypeError, ValueError: no whole number of 64 bits."""
+    try:
+        whole = int(step)
+        exact = bool(whole == step)
+    except (TypeError, ValueError, OverflowError):
+        exact = False
+    if isinstance(step, str) or not exact:
+        raise TypeError(f"step {_short(step)} ({type(step).__name__}) is no whole number")
+    if not _STEP_MIN <= whole <= _STEP_MAX:
+        raise ValueError(f"step {whole} does not fit into 64 bits")
+    return whole
+
+
+def chunks(items: Mapping[str, Any], size: int) -> Iterable[dict[str, Any]]:
+    """Yield the items in dicts of at most `size`, in order."""
+    pairs = list(items.items())
+    for at in range(0, len(pairs), size):
+        yield dict(pairs[at : at + size])
+
+
+def _encodable(what: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} {_short(text)} cannot be encoded as UTF-8: "
+            f"lone surrogate at position {error.start}"
+        ) from None
+    return text
+
+
+def _packed(fields: list[Any]) -> bytes:
+    record: bytes = msgpack.packb(fields)
+    return record
+
+
+def _bin_head(size: int) -> bytes:
+    """Return msgpack's header of `size` binary bytes."""
+    if size < 1 << 8:
+        return bytes((0xC4, size))
+    if size < 1 << 16:
+        return b"\xc5" + size.to_bytes(2, "big")
+    return b"\xc6" + size.to_bytes(4, "big")
+
+
+def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> None:
+    if not isinstance(steps, list) or not len(keys) == len(values) == len(steps) > 0:
+        raise FormatError("keys, steps and values differ in number")
+    if set(map(type, keys)) != {str} or set(map(type, steps)) != {int}:
+        raise FormatError("a key that is no text, or a step that is no number")
+    if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
+        raise FormatError("a step beyond 64 bits")
+
+
+def _check_texts(items: Mapping[Any, Any]) -> Mapping[str, str]:
+    if set(map(type, items)) | set(map(type, items.values())) != {str}:
+        raise FormatError("a key or value that is no text")
+    return items
+
+
+def _short(value: object) -> str:
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # a foreign __repr__ must not hide what we are about to say
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."

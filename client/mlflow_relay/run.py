@@ -1,0 +1,342 @@
+"""Run: what a rank calls."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import weakref
+from collections import defaultdict
+from collections.abc import Mapping
+from itertools import count
+from pathlib import Path
+from time import time_ns
+from types import TracebackType
+from typing import Any
+
+from . import fluent, records, settings
+from .autostart import start_daemon
+from .errors import RelayError
+from .launch import Launch, detect, launcher_process, random_key, relay_run_id
+from .paths import default_socket
+from .provenance import launch_tags, provenance
+from .session import Session
+
+log = logging.getLogger("mlflow_relay")
+
+RANK_METRICS = ("prefix", "zero", "all")
+_REASON_CHARS_MAX = 2000
+
+_runs: weakref.WeakSet[Run] = weakref.WeakSet()
+_ordinals = count(1)
+
+
+def start_run(
+    experiment_name: str | None = None,
+    run_name: str | None = None,
+    *,
+    params: Mapping[str, Any] | None = None,
+    tags: Mapping[str, Any] | None = None,
+    run_key: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    rank_metrics: str = "prefix",
+    socket: str | os.PathLike[str] | None = None,
+    autostart: bool | None = None,
+    journal_bytes_max: int | None = None,
+    end_timeout_s: float | None = None,
+) -> Run:
+    """Start this rank's part of a run. Every rank calls it the same way and gets the same run.
+
+    Needs neither daemon nor server, waits for neither.
+
+    Args:
+        experiment_name: made on the server if there is none; default MLFLOW_EXPERIMENT_NAME, else
+            "Default".
+        run_name: default MLFLOW_RUN_NAME, else MLflow makes one up.
+        params, tags: logged at once.
+        run_key: what all ranks of this job agree on; told by Slurm, torchrun, MPI or, on one node,
+            by the launcher process if not given.
+        rank, world_size: told by the launcher if not given.
+        rank_metrics: rank 0 logs under the plain key; the others under "rank_<n>/<key>"
+            ("prefix"), not at all ("zero"), or under the plain key as well ("all").
+        socket: of the daemon (MLFLOW_RELAY_SOCKET).
+        autostart: start a daemon if none answers (MLFLOW_RELAY_AUTOSTART=1).
+        journal_bytes_max: of this rank, for the time that no daemon answers
+            (MLFLOW_RELAY_JOURNAL_BYTES_MAX; 256 MiB).
+        end_timeout_s: the longest that `end` may take (MLFLOW_RELAY_END_TIMEOUT_S; 5 s).
+
+    Raises:
+        LaunchError: it cannot be told who this process is; says what to pass.
+        JournalError: there is no space for a journal.
+        TypeError, ValueError: a wrong argument, by name.
+    """
+    if rank_metrics not in RANK_METRICS:
+        raise ValueError(f"rank_metrics={rank_metrics!r}: one of {', '.join(RANK_METRICS)}")
+    env = os.environ
+    who = detect(
+        env,
+        rank=rank,
+        world_size=world_size,
+        run_key=run_key,
+        launcher_process=launcher_process,
+        random_key=random_key,
+    )
+    run = Run(
+        who,
+        experiment_name or env.get("MLFLOW_EXPERIMENT_NAME") or "Default",
+        run_name or env.get("MLFLOW_RUN_NAME") or "",
+        rank_metrics=rank_metrics,
+        socket=Path(socket) if socket is not None else default_socket(),
+        autostart=settings.autostart(env) if autostart is None else autostart,
+        journal_bytes_max=journal_bytes_max or settings.journal_bytes_max(env),
+        end_timeout_s=settings.end_timeout_s(env) if end_timeout_s is None else end_timeout_s,
+    )
+    try:
+        run.log_params(params or {})
+        run.set_tags(tags or {})
+    except (TypeError, ValueError) as error:
+        run.end("FAILED", reason=_describe(error))
+        raise
+    fluent.set_active(run)
+    return run
+
+
+class Run:
+    """One rank's part of a run; made by `start_run`. Safe to use from several threads.
+
+    A log call copies into memory that survives this process, and returns. It raises for a wrong
+    argument (TypeError, ValueError) and on a run that has ended (RelayError), for nothing else.
+
+    Attributes:
+        run_id: the relay run id, 32 hex digits, known at once and offline.
+        mlflow_run_id: the server's; None until it is known.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        who: Launch,
+        experiment_name: str,
+        run_name: str,
+        *,
+        rank_metrics: str,
+        socket: Path,
+        autostart: bool,
+        journal_bytes_max: int,
+        end_timeout_s: float,
+    ) -> None:
+        ordinal = next(_ordinals)
+        self.run_id = relay_run_id(who.run_key, ordinal)
+        self.mlflow_run_id: str | None = None
+        self.rank, self.world_size = who.rank, who.world_size
+        self._socket = socket
+        self._journal_bytes_max = journal_bytes_max
+        self._end_timeout_s = end_timeout_s
+        self._silent = rank_metrics == "zero" and who.rank > 0
+        prefix = f"rank_{who.rank}/" if rank_metrics == "prefix" and who.rank > 0 else ""
+        self._packer = records.MetricsPacker(prefix)
+        self._next_step: defaultdict[str, count[int]] = defaultdict(count)
+        tags = provenance()
+        self._card = {
+            "run_id": self.run_id,
+            "run_key": who.run_key if ordinal == 1 else f"{who.run_key}#{ordinal}",
+            "experiment_name": experiment_name,
+            "run_name": run_name,
+            "rank": who.rank,
+            "world_size": who.world_size,
+            "node": os.uname().nodename,
+            "start_ms": _now_ms(),
+            "tags": {**tags, **launch_tags(who)},
+            "primary": True,
+        }
+        self._session: Session | None = self._open_session()
+        self._ended = False
+        _runs.add(self)
+        if autostart and not socket.exists():
+            start_daemon(socket)
+
+    # ── logging ──
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log values of one step.
+
+        Args:
+            metrics: numbers by key: Python's, NumPy's, torch's, JAX's; NaN and infinities are kept.
+            step: default a count of its own for each key, so that curves are curves.
+
+        Raises: TypeError, ValueError: a key or value that is none, by name; RelayError: ended.
+        """
+        if self._silent or not metrics:
+            return
+        if len(metrics) > records.METRICS_PER_RECORD_MAX:
+            for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+                self.log_metrics(part, step)
+        elif step is None:
+            checked = {key: records.to_float(key, value) for key, value in metrics.items()}
+            steps = [next(self._next_step[key]) for key in checked]
+            self._keep(self._packer.pack_steps(checked, steps, _now_ms()))
+        else:
+            self._keep(self._packer.pack(metrics, step, time_ns() // 1_000_000))
+
+    def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
+        """Log one value: see `log_metrics`."""
+        self.log_metrics({key: value}, step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log params, as text. A key keeps its first value: another one is a dead letter.
+
+        Raises: TypeError, ValueError: a key that is none, or text that cannot be encoded.
+        """
+        self._log_texts("param", records.pack_params, params)
+
+    def log_param(self, key: str, value: Any) -> None:
+        """Log one param: see `log_params`."""
+        self.log_params({key: value})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags, as text. The last value of a key stands.
+
+        Raises: TypeError, ValueError: a key that is none, or text that cannot be encoded.
+        """
+        self._log_texts("tag", records.pack_tags, tags)
+
+    def set_tag(self, key: str, value: Any) -> None:
+        """Set one tag: see `set_tags`."""
+        self.set_tags({key: value})
+
+    def _log_texts(self, what: str, pack: Any, items: Mapping[str, Any]) -> None:
+        texts = {
+            records.check_key(what, key): records.to_text(what, key, value)
+            for key, value in items.items()
+        }
+        now_ms = _now_ms()
+        for part in records.chunks(texts, records.TEXTS_PER_RECORD_MAX):
+            self._keep(pack(part, now_ms))
+
+    # ── the end ──
+
+    def end(self, status: str = "FINISHED", *, reason: str = "") -> None:
+        """End this rank's part of the run; the run ends when all its ranks have.
+
+        Returns as soon as the daemon has all on its disk, at the latest after `end_timeout_s`;
+        what is not acknowledged by then stays in the journal, where a daemon finds it. A second
+        call does nothing.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            reason: for people; becomes the tag `relay.end_reason`.
+
+        Raises: ValueError: another status.
+        """
+        if status not in records.END_STATUSES:
+            raise ValueError(f"status={status!r}: one of {', '.join(records.END_STATUSES)}")
+        if self._ended:
+            return
+        # Only if it is this process's own: a forked child that logged nothing has nothing to end.
+        session = self._session
+        if session is not None:
+            session.journal.append(records.pack_end(status, _cut(reason), _now_ms()))
+        self._ended = True
+        fluent.clear_active(self)
+        _runs.discard(self)
+        if session is not None and not session.end(self._end_timeout_s):
+            log.warning(
+                "no daemon has acknowledged the last %d records of run %s; they are kept in %s "
+                "and delivered when one runs: mlflow-relay daemon --socket %s",
+                session.journal.unacked,
+                self.run_id,
+                session.journal.path,
+                self._socket,
+            )
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        status = _status_of(error)
+        self.end(status, reason="" if error is None or status == "FINISHED" else _describe(error))
+
+    def __repr__(self) -> str:
+        state = "ended" if self._ended else "running"
+        return f"<Run {self.run_id} rank {self.rank}/{self.world_size} {state}>"
+
+    # ── the session ──
+
+    def _open_session(self) -> Session:
+        _end_at_exit_of_worker()
+        return Session(
+            self._card,
+            socket=self._socket,
+            journal_bytes_max=self._journal_bytes_max,
+            on_mlflow_run_id=self._set_mlflow_run_id,
+        )
+
+    def _set_mlflow_run_id(self, mlflow_run_id: str) -> None:
+        self.mlflow_run_id = mlflow_run_id
+
+    def _keep(self, record: bytes) -> None:
+        session = self._session
+        if session is None:
+            session = self._session = self._open_session()  # first use after a fork
+        if self._ended:
+            raise RelayError(f"run {self.run_id} has ended: start_run makes a new one")
+        session.journal.append(record)
+
+    def _forked(self) -> None:
+        """In a forked child: the parent's session stays the parent's. One of its own is made at
+        first use; it is no rank, so its end says nothing of the run."""
+        session, self._session = self._session, None
+        self._card = {**self._card, "primary": False}
+        if session is not None:
+            session.leave_to_parent()
+
+
+def _now_ms() -> int:
+    return time_ns() // 1_000_000
+
+
+def _status_of(error: BaseException | None) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "KILLED"
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return "FINISHED"
+    return "FAILED"
+
+
+def _describe(error: BaseException) -> str:
+    return _cut(f"{type(error).__name__}: {error}")
+
+
+def _cut(text: str) -> str:
+    return text[:_REASON_CHARS_MAX].encode(errors="replace").decode()
+
+
+def _end_at_exit() -> None:
+    """Runs that nobody ended: FINISHED, unless the interpreter is leaving with an exception."""
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    for run in list(_runs):
+        run.end(_status_of(error), reason="" if error is None else _describe(error))
+
+
+def _after_fork_in_child() -> None:
+    for run in list(_runs):
+        run._forked()  # noqa: SLF001  # the same room
+
+
+def _end_at_exit_of_worker() -> None:
+    """multiprocessing's children leave by os._exit, past atexit; they have a hook of their own."""
+    process = sys.modules.get("multiprocessing.process")
+    util = sys.modules.get("multiprocessing.util")
+    if process is not None and util is not None and process.parent_process() is not None:
+        util.Finalize(None, _end_at_exit, exitpriority=0)
+
+
+atexit.register(_end_at_exit)
+os.register_at_fork(after_in_child=_after_fork_in_child)

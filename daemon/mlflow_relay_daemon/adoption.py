@@ -1,0 +1,219 @@
+"""Which ranks live, told by the locks of their journals; and what the dead ones left, taken over.
+
+A journal's lock is held by its process and dropped by the kernel when that ends, however it ends.
+Whoever finds it free may take the journal: its records go into the spool as if the rank had sent
+them, file by file, and the files are removed once they are on the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow_relay import journal_files
+from mlflow_relay.errors import FormatError, VersionError
+from mlflow_relay.frames import read_frame
+from mlflow_relay.journal_files import BASE_SUFFIX
+from mlflow_relay_daemon.attachment import read_attachment
+from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.spool.disk import try_lock
+
+log = logging.getLogger(__name__)
+
+#: How long one look may take over journals; the loop has ranks to serve, the rest comes next time.
+LOOK_BUDGET_S = 0.2
+#: A session whose journal is not to be seen lives as long as it is heard of; ALIVE comes every 5 s.
+UNSEEN_TIMEOUT_S = 30.0
+#: What a rank killed in the making of its journal leaves is removed after this time.
+UNFINISHED_AGE_S = 60.0
+
+
+@dataclass
+class Watched:
+    """A journal, and what its rank says of it."""
+
+    fd: int
+    next_seq: int = 0  #: accepted by the rank
+    lost: int = 0
+
+
+class Watcher:
+    """Looks after the journals of one folder.
+
+    Args:
+        folder: where sessions of this daemon's socket keep their journals.
+    """
+
+    def __init__(self, folder: Path, runs: Runs, counters: Counters) -> None:
+        self._folder, self._runs, self._counters = folder, runs, counters
+        self._watched: dict[bytes, Watched] = {}
+
+    def look(self, heard_s: dict[bytes, float], now_s: float) -> list[bytes]:
+        """Take over what dead ranks left.
+
+        Args:
+            heard_s: the attached sessions, and when they were last heard of.
+            now_s: on the monotonic clock.
+        Returns: sessions that are over: there will be nothing more of them.
+        """
+        paths = self._find()
+        over: list[bytes] = []
+        for session, path in paths.items():
+            if time.monotonic() - now_s > LOOK_BUDGET_S:
+                return over
+            try:
+                if self._is_dead(session, path) and self._adopt(session, path):
+                    over.append(session)
+            except OSError as error:
+                self._counters.count(
+                    "fsync_failures", f"a dead rank's journal waits: {error.strerror or error}"
+                )
+        for session in set(self._watched) - set(paths):
+            os.close(self._watched.pop(session).fd)
+        unseen = [
+            session
+            for session, then_s in heard_s.items()
+            if session not in paths and now_s - then_s > UNSEEN_TIMEOUT_S
+        ]
+        return over + [session for session in unseen if self._close_unseen(session)]
+
+    def close_vanished(self) -> None:
+        """At the start: sessions that a former daemon knew and that have no journal are over."""
+        journals = self._find()
+        for hosted in list(self._runs.by_id.values()):
+            for name, card in list(hosted.run.card.sessions.items()):
+                session = bytes.fromhex(name)
+                if not card.closed and session not in journals:
+                    self._runs.close_session(hosted, session)
+
+    def in_journals(self, hosted: Hosted) -> int:
+        """Return how many records the run's ranks have accepted that are not in the spool yet."""
+        return sum(
+            max(0, watched.next_seq - hosted.run.next_seq(session))
+            for session, watched in self._watched.items()
+            if session.hex() in hosted.run.card.sessions
+        )
+
+    def lost(self, hosted: Hosted) -> int:
+        """Return how many log calls of the run's living ranks found their journal full."""
+        return sum(
+            watched.lost
+            for session, watched in self._watched.items()
+            if session.hex() in hosted.run.card.sessions
+        )
+
+    # ── looking ──
+
+    def _find(self) -> dict[bytes, Path]:
+        """Return the journals in the folder by session."""
+        found = {}
+        try:
+            names = os.listdir(self._folder)
+        except FileNotFoundError:
+            return {}
+        bases = {name.partition(".")[0] for name in names if name.endswith(BASE_SUFFIX)}
+        for name in names:
+            path = self._folder / name
+            if name.endswith(BASE_SUFFIX):
+                try:
+                    found[bytes.fromhex(path.stem)] = path
+                except ValueError:
+                    self._runs.spool.quarantine(path, "it has the name of no session")
+            elif name.partition(".")[0] not in bases:
+                _remove_unfinished(path)
+        return found
+
+    def _is_dead(self, session: bytes, path: Path) -> bool:
+        watched = self._watched.get(session)
+        if watched is None:
+            try:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False  # removed by its rank just now
+            watched = self._watched[session] = Watched(fd)
+        counters = os.pread(watched.fd, journal_files.CARD_AT, 0)
+        if len(counters) == journal_files.CARD_AT:
+            watched.next_seq, _, watched.lost = journal_files.read_counters(counters)
+        return try_lock(watched.fd)
+
+    def _close_unseen(self, session: bytes) -> bool:
+        hosted = self._runs.find_session(session)
+        if hosted is None:
+            return True
+        log.warning("session %s: no journal, and not heard of: it is over", session.hex())
+        try:
+            self._runs.close_session(hosted, session)
+        except OSError:
+            return False  # next time
+        return True
+
+    # ── taking over ──
+
+    def _adopt(self, session: bytes, path: Path) -> bool:
+        """Take over a dead session's journal; return False if it was put aside unread.
+
+        Raises: OSError: the spool cannot take it now; what is left stays where it is.
+        Crash: safe at any line: files are removed only when their records are on the disk, and
+            records that come twice are known by their sequence numbers.
+        """
+        data = _read_all(self._watched[session].fd)
+        entries = sorted(self._folder.glob(f"{session.hex()}.*{journal_files.ENTRIES_SUFFIX}"))
+        hosted = self._runs.find_session(session)
+        try:
+            base = journal_files.read_base(data)
+            attachment = read_attachment(base.card)
+            if attachment.session != session:
+                raise FormatError("the card of another session")
+        except FormatError as error:
+            if hosted is None:
+                for each in (path, *entries):
+                    self._runs.spool.quarantine(each, error)
+                return True
+            log.error("session %s: %s; its entries are taken all the same", session.hex(), error)
+        else:
+            if hosted is None:
+                hosted = self._runs.attach(attachment)
+            with hosted.run.lock:
+                hosted.run.card.lost_records += base.lost
+        if not hosted.run.card.sessions[session.hex()].closed:
+            for each in entries:
+                self._take_entries(hosted, session, each)
+            self._runs.close_session(hosted, session)
+        for each in entries:
+            each.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        return True
+
+    def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
+        try:
+            salvage = journal_files.salvage_entries(
+                path.read_bytes(), session, hosted.run.next_seq(session)
+            )
+        except VersionError:
+            raise
+        except FormatError as error:
+            self._runs.spool.quarantine(path, error)
+            return
+        self._runs.spool.check_space(sum(map(len, salvage.frames)))
+        if salvage.frames:
+            hosted.run.append([(read_frame(frame), frame) for frame in salvage.frames])
+        hosted.run.skip_to(session, salvage.next_seq)
+        path.unlink(missing_ok=True)
+
+
+def _read_all(fd: int) -> bytes:
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what a rank left that was killed as it made its journal, or as it removed it: before
+    it could accept anything, or after all was acknowledged."""
+    try:
+        if time.time() - path.stat().st_mtime > UNFINISHED_AGE_S:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass  # finished meanwhile

@@ -1,0 +1,114 @@
+"""What a session says of itself when it attaches; kept in its journal, too. Pure.
+
+Fields and limits: PROTOCOL.md, ATTACH.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow_relay.errors import FormatError
+from mlflow_relay.messages import SESSION_BYTES, unpack_map
+from mlflow_relay_daemon.spool.card import Card, SessionCard
+
+TEXT_CHARS_MAX = 2000
+TAGS_MAX = 100
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One session's word about itself and its run."""
+
+    session: bytes
+    run_id: str
+    run_key: str
+    experiment_name: str
+    run_name: str
+    rank: int
+    world_size: int
+    node: str
+    pid: int
+    primary: bool
+    start_ms: int
+    tags: dict[str, str]
+    first_seq: int  #: of the oldest record that the session still has
+
+    def new_card(self) -> Card:
+        """Return the card of a run that nothing was known of."""
+        return Card(
+            run_id=self.run_id,
+            run_key=self.run_key,
+            experiment_name=self.experiment_name,
+            run_name=self.run_name,
+            start_ms=self.start_ms,
+            world_size=self.world_size,
+            tags=self.tags,
+        )
+
+    def session_card(self) -> SessionCard:
+        """Return what the run's card keeps of the session."""
+        return SessionCard(
+            rank=self.rank,
+            node=self.node,
+            pid=self.pid,
+            primary=self.primary,
+            start_ms=self.start_ms,
+            first_seq=self.first_seq,
+        )
+
+
+def read_attachment(payload: bytes) -> Attachment:
+    """Return what an ATTACH, or the card of a journal, says.
+
+    Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
+    """
+    fields = unpack_map(payload)
+    session = _of_type(fields, "session", bytes)
+    if len(session) != SESSION_BYTES:
+        raise FormatError(f"a session of {len(session)} bytes")
+    run_id = _text(fields, "run_id")
+    if not _RUN_ID.fullmatch(run_id):
+        raise FormatError("run_id is not 32 hex digits")
+    tags = _of_type(fields, "tags", dict)
+    if len(tags) > TAGS_MAX or set(map(type, [*tags, *tags.values()])) - {str}:
+        raise FormatError(f"tags are not at most {TAGS_MAX} texts by text")
+    return Attachment(
+        session=session,
+        run_id=run_id,
+        run_key=_text(fields, "run_key"),
+        experiment_name=_text(fields, "experiment_name"),
+        run_name=_text(fields, "run_name"),
+        rank=_whole(fields, "rank"),
+        world_size=_whole(fields, "world_size"),
+        node=_text(fields, "node"),
+        pid=_whole(fields, "pid"),
+        primary=_of_type(fields, "primary", bool),
+        start_ms=_whole(fields, "start_ms"),
+        tags=tags,
+        first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
+    )
+
+
+def _of_type(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = fields.get(name)
+    if type(value) is not kind:
+        raise FormatError(f"{name} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _text(fields: Mapping[str, Any], name: str) -> str:
+    text: str = _of_type(fields, name, str)
+    if len(text) > TEXT_CHARS_MAX:
+        raise FormatError(f"{name} has {len(text)} characters; at most {TEXT_CHARS_MAX}")
+    return text
+
+
+def _whole(fields: Mapping[str, Any], name: str) -> int:
+    number: int = _of_type(fields, name, int)
+    if not 0 <= number < 1 << 63:
+        raise FormatError(f"{name} is {number}")
+    return number

@@ -1,0 +1,168 @@
+"""Records → one request that MLflow takes whole. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mlflow_relay.records import End, Metrics, Params, Record, Tags
+from mlflow_relay_daemon.sinks import Metric, Param, Tag
+
+# mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
+METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
+#: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
+BODY_BYTES_MAX = 1_000_000
+#: MLflow cuts longer values in silence (MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH).
+PARAM_CHARS_MAX, TAG_CHARS_MAX = 6000, 8000
+_METRIC_OVERHEAD_BYTES = 80  # of JSON around a key
+
+
+class Entry(NamedTuple):
+    """One thing that MLflow may refuse on its own account."""
+
+    kind: str  #: "metric", "param" or "tag"
+    key: str
+    value: float | str
+    timestamp_ms: int
+    step: int | None
+
+
+class Objection(NamedTuple):
+    """An entry that will not be delivered as it is, and why."""
+
+    entry: Entry
+    reason: str
+    error_code: str = ""
+
+
+@dataclass
+class Batch:
+    """What goes to MLflow in one request, and what follows from its delivery."""
+
+    metrics: list[Metric] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
+    objections: list[Objection] = field(default_factory=list)
+    times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
+    records: int = 0
+    damaged: int = 0  #: records on the way whose CRC did not fit
+    last_record_ms: int = 0
+    bytes_estimate: int = 0
+
+    def has_room_for(self, record: Record) -> bool:
+        """Return whether the record fits in; an empty batch has room for any."""
+        metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
+        if not metrics + params + tags:
+            return True
+        if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
+            return False
+        match record:
+            case Metrics():
+                metrics += len(record.keys)
+            case Params():
+                params += len(record.items)
+            case Tags():
+                tags += len(record.items)
+        return (
+            metrics <= METRICS_MAX
+            and params <= PARAMS_MAX
+            and tags <= TAGS_MAX
+            and metrics + params + tags <= ENTITIES_MAX
+        )
+
+    def add(self, session: bytes, record: Record, known_params: dict[str, str]) -> None:
+        """Take a record in.
+
+        Args:
+            known_params: those that the run has already, as far as is known; a different value for
+                one of them would make MLflow refuse the whole request.
+        """
+        self.last_record_ms = max(self.last_record_ms, record.timestamp_ms)
+        self.bytes_estimate += _body_bytes(record)
+        match record:
+            case Metrics(timestamp_ms, steps, keys, values):
+                self.metrics += zip(keys, values, [timestamp_ms] * len(keys), steps, strict=True)
+            case Params():
+                for key, value in record.items.items():
+                    self._add_param(key, value, record.timestamp_ms, known_params)
+            case Tags():
+                for key, value in record.items.items():
+                    entry = Entry("tag", key, value, record.timestamp_ms, None)
+                    self.tags[key] = self._cut(entry, TAG_CHARS_MAX)
+                    self.times_ms["tag" + key] = record.timestamp_ms
+            case End():
+                self.ends.append((session, record))
+
+    def _add_param(
+        self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]
+    ) -> None:
+        entry = Entry("param", key, value, timestamp_ms, None)
+        has = self.params.get(key, known_params.get(key))
+        if has is None:
+            self.params[key] = self._cut(entry, PARAM_CHARS_MAX)
+            self.times_ms["param" + key] = timestamp_ms
+        elif has != value[:PARAM_CHARS_MAX]:
+            reason = f"the param has the value {has[:200]!r} already; MLflow keeps the first"
+            self.objections.append(Objection(entry, reason))
+
+    def _cut(self, entry: Entry, chars_max: int) -> str:
+        value = str(entry.value)
+        if len(value) > chars_max:
+            reason = (
+                f"MLflow keeps {chars_max} of its {len(value)} characters: "
+                "delivered cut, kept whole here"
+            )
+            self.objections.append(Objection(entry, reason))
+        return value[:chars_max]
+
+    def entries(self) -> list[Entry]:
+        """Return all that is to be delivered, one by one."""
+        found = [_metric_entry(metric) for metric in self.metrics]
+        for kind, items in (("param", self.params), ("tag", self.tags)):
+            found += [
+                Entry(kind, key, value, self.times_ms.get(kind + key, 0), None)
+                for key, value in items.items()
+            ]
+        return found
+
+    def refuse(self, guilty: list[Objection]) -> None:
+        """Take out what MLflow refused: it is not delivered, and kept as an objection."""
+        entries = {objection.entry for objection in guilty}
+        self.metrics = [metric for metric in self.metrics if _metric_entry(metric) not in entries]
+        for objection in guilty:
+            kind, key = objection.entry.kind, objection.entry.key
+            if kind != "metric":
+                (self.params if kind == "param" else self.tags).pop(key, None)
+        self.objections += guilty
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to send."""
+        return not (self.metrics or self.params or self.tags)
+
+
+def _metric_entry(metric: Metric) -> Entry:
+    key, value, timestamp_ms, step = metric
+    return Entry("metric", key, value, timestamp_ms, step)
+
+
+def split(entries: list[Entry]) -> tuple[list[Metric], list[Param], list[Tag]]:
+    """Return entries as a sink takes them."""
+    metrics = [
+        (each.key, float(each.value), each.timestamp_ms, each.step or 0)
+        for each in entries
+        if each.kind == "metric"
+    ]
+    params = [(each.key, str(each.value)) for each in entries if each.kind == "param"]
+    tags = [(each.key, str(each.value)) for each in entries if each.kind == "tag"]
+    return metrics, params, tags
+
+
+def _body_bytes(record: Record) -> int:
+    match record:
+        case Metrics():
+            return sum(map(len, record.keys)) + _METRIC_OVERHEAD_BYTES * len(record.keys)
+        case Params() | Tags():
+            return 4 * sum(len(key) + len(value) for key, value in record.items.items())
+    return 0

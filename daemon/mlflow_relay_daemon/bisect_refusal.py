@@ -1,0 +1,37 @@
+"""A request that MLflow refused → the entries that are guilty. Pure but for what `send` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlflow_relay_daemon.batch import Entry, Objection
+from mlflow_relay_daemon.sinks import SinkError
+
+
+def deliver_apart(
+    entries: list[Entry],
+    send: Callable[[list[Entry]], None],
+    refusals: tuple[type[SinkError], ...],
+) -> list[Objection]:
+    """Deliver in halves and quarters, until each entry is delivered or refused on its own.
+
+    Args:
+        entries: refused together.
+        send: delivers some of them. Errors other than refusals pass through: what was delivered by
+            then may be delivered again.
+        refusals: what counts as a refusal of the content.
+    Returns: the refused entries, each with MLflow's own reason; all others are delivered.
+    """
+    guilty: list[Objection] = []
+    parts = [entries]
+    while parts:
+        part = parts.pop()
+        try:
+            send(part)
+        except refusals as refusal:
+            if len(part) == 1:
+                guilty.append(Objection(part[0], str(refusal), refusal.error_code))
+            else:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+    return guilty

@@ -1,0 +1,42 @@
+"""`mlflow-relay daemon`: the daemon of this node, in the foreground."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from mlflow_relay_daemon.commands._options import example, flag_names, with_config
+from mlflow_relay_daemon.config import Config, ConfigError
+
+
+@click.command(
+    epilog=(
+        "Each option is a setting: --drain-timeout 30 is MLFLOW_RELAY_DRAIN_TIMEOUT_S=30, or "
+        "drain_timeout_s = 30 in /etc/mlflow-relay.toml. `mlflow-relay check --settings` shows all "
+        "of them, with their values and where these come from.\n\n"
+        + example("mlflow-relay daemon --tracking-uri http://mlflow.example.org:5000")
+    )
+)
+@with_config(*flag_names())
+def daemon(config: Config) -> None:
+    """Run this node's daemon in the foreground.
+
+    SIGTERM or Ctrl+C: it delivers for --drain-timeout seconds and leaves the rest in the spool for
+    its next start.
+    """
+    _require_target(config)
+    from mlflow_relay_daemon.service import run_daemon
+
+    click.get_current_context().exit(run_daemon(config))
+
+
+def _require_target(config: Config) -> None:
+    # A daemon that a rank started inherits the rank's relay:// and would fill a local store
+    # that nobody looks at.
+    inherited = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if inherited.startswith("relay:") and config.origin["tracking_uri"] == "default":
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI: relay:// is this daemon itself: name the MLflow server with "
+            "MLFLOW_RELAY_TRACKING_URI or --tracking-uri"
+        )

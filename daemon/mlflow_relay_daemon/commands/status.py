@@ -1,0 +1,278 @@
+"""`mlflow-relay status`: gather the status object, then print it as JSON or as a table."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlflow_relay_daemon.commands._gather import View, gather
+from mlflow_relay_daemon.commands._json import print_json
+from mlflow_relay_daemon.commands._options import PLACE, example, with_config
+from mlflow_relay_daemon.commands._select import select_runs
+from mlflow_relay_daemon.commands._terminal import fold, print_lines, stdout_width
+from mlflow_relay_daemon.config import Config
+from mlflow_relay_daemon.exits import DEGRADED, DONE
+from mlflow_relay_daemon.words import age_text, bytes_text, count_text, one_line, plural
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Status = dict[str, Any]
+Run = dict[str, Any]
+
+WATCH_PERIOD_S = 2.0
+ERROR_COLUMN_WIDTH_MIN = 110  # narrower terminals read the errors below the table
+NAME_SHOWN_MAX = 40  # in a sentence; the table shows more of it where there is room
+STATE_STYLES = {"running": "green", "waiting": "yellow", "ending": "yellow", "blocked": "bold red",
+                "ended": "dim"}  # fmt: skip
+
+
+@click.command(
+    epilog="Exit code: 0 all is well, 1 something needs a person (it says what), 78 bad "
+    "configuration.\n\n"
+    + example(
+        "mlflow-relay status",
+        "mlflow-relay status --watch 5 --run o96",
+        "mlflow-relay status --json | jq '.runs[].waiting_records'",
+    )
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the status object as JSON.")
+@click.option(
+    "--watch", "period_s", is_flag=False, flag_value=str(WATCH_PERIOD_S), default=None,
+    type=click.FloatRange(min=0.1, max=3600), metavar="[SECONDS]",
+    help=f"Repeat until Ctrl+C, every {WATCH_PERIOD_S:g} s if nothing else is said.",
+)  # fmt: skip
+@click.option("--run", "names", multiple=True, metavar="RUN", help="Only this run; repeatable.")
+@with_config(*PLACE)
+def status(config: Config, as_json: bool, period_s: float | None, names: tuple[str, ...]) -> None:
+    """Show what is accepted, delivered and waiting.
+
+    Without a daemon it shows what the spool holds, and says so.
+    """
+    if period_s is not None:
+        _watch(config, names, period_s, as_json)
+    view = _gather_runs(config, names)
+    if view.note:
+        click.echo(f"mlflow-relay: {view.note}", err=True)
+    if as_json:
+        print_json(view.status)
+    else:
+        print_lines(status_lines(view.status, stdout_width()))
+    click.get_current_context().exit(DEGRADED if troubles(view.status) else DONE)
+
+
+def _gather_runs(config: Config, names: tuple[str, ...]) -> View:
+    view = gather(config)
+    if not names:
+        return view
+    runs = select_runs(view.status["runs"], names)
+    return View({**view.status, "runs": runs}, view.note)
+
+
+def _watch(config: Config, names: tuple[str, ...], period_s: float, as_json: bool) -> None:
+    """Print again and again; left by Ctrl+C."""
+    while as_json or stdout_width() is None:
+        shown = _gather_runs(config, names).status
+        if as_json:
+            print_json(shown, on_one_line=True)
+        else:
+            print_lines(status_lines(shown, None))
+            click.echo()
+        sys.stdout.flush()
+        time.sleep(period_s)
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(auto_refresh=False, screen=True) as live:
+        while True:
+            view = _gather_runs(config, names)
+            note = [Text(line) for line in fold(view.note or "", live.console.width)]
+            lines = [*note, *status_lines(view.status, live.console.width)]
+            live.update(Group(*lines), refresh=True)
+            time.sleep(period_s)
+
+
+# --- print ------------------------------------------------------------------------------------
+
+
+def status_lines(status: Status, width: int | None) -> list[Text]:
+    """Return the status as lines of at most `width` columns: header, one line per run, troubles."""
+    from rich.text import Text
+
+    lines = [Text(line) for text in header(status) for line in fold(text, width, " " * 8)]
+    lines.append(Text())
+    if status["runs"]:
+        lines += _run_lines(status, width)
+    else:
+        lines.append(Text("no runs"))
+    below = [(f"! {trouble}", "red") for trouble in troubles(status)]
+    if width is not None and width < ERROR_COLUMN_WIDTH_MIN:
+        below += [(f"- {error}", "") for error in passing_errors(status)]
+    if below:
+        lines.append(Text())
+    for words, style in below:
+        lines += [Text(line, style=style) for line in fold(words, width, "  ")]
+    return lines
+
+
+def header(status: Status) -> list[str]:
+    """Return what is known of daemon, server and disk, one sentence each."""
+    return [
+        f"daemon  {_daemon_words(status)}",
+        f"server  {_server_words(status)}",
+        f"disk    {_disk_words(status['disk'])}",
+    ]
+
+
+def _daemon_words(status: Status) -> str:
+    daemon = status["daemon"]
+    if daemon is None:
+        return "not running"
+    age = age_text(status["time_ms"] - daemon["started_ms"])
+    sessions = plural(daemon["sessions_open"], "rank")
+    memory = bytes_text(daemon["memory_bytes"])
+    return (
+        f"up for {age}, {sessions} attached, {memory} memory, {daemon['cpu_s']:.0f} s CPU, "
+        f"pid {daemon['pid']}, version {daemon['version']}"
+    )
+
+
+def _server_words(status: Status) -> str:
+    server, daemon = status["server"], status["daemon"]
+    if server is None:
+        return "not asked: there is no daemon"
+    uri = one_line(daemon["tracking_uri"]) if daemon else "MLflow"
+    since = age_text(status["time_ms"] - server["since_ms"])
+    if server["state"] == "offline":
+        return "offline: everything stays in the spool until `mlflow-relay sync`"
+    if server["state"] == "unknown":
+        return f"{uri} not tried yet"
+    if server["state"] == "up":
+        return f"{uri} up for {since}"
+    words = f"{uri} down for {since}: {one_line(server['last_error'] or 'no reason known')}"
+    if server["next_try_ms"] is not None:
+        words += f"; next try in {age_text(server['next_try_ms'] - status['time_ms'])}"
+    return words
+
+
+def _disk_words(disk: dict[str, Any]) -> str:
+    quota = disk["spool_bytes_max"]
+    words = f"{bytes_text(disk['spool_bytes'])} in the spool"
+    words += f" (quota {bytes_text(quota)})" if quota is not None else ""
+    words += f", {bytes_text(disk['free_bytes'])} free"
+    return ("FULL: " if disk["full"] else "") + words
+
+
+def _run_lines(status: Status, width: int | None) -> list[Text]:
+    from mlflow_relay_daemon.commands._table import Column, lay_out
+
+    columns = [
+        Column("NAME", least=8), Column("RUN"), Column("STATE"), Column("RANKS", right=True),
+        Column("ACCEPTED", right=True), Column("DELIVERED", right=True),
+        Column("WAITING", right=True), Column("OLDEST", right=True), Column("DEAD", right=True),
+    ]  # fmt: skip
+    with_error = width is None or width >= ERROR_COLUMN_WIDTH_MIN
+    if with_error:
+        columns.append(Column("LAST ERROR", least=16))
+    rows = [_run_cells(run, status["time_ms"])[: len(columns)] for run in status["runs"]]
+    return lay_out(columns, rows, width)
+
+
+def _run_cells(run: Run, time_ms: int) -> list[Any]:
+    from mlflow_relay_daemon.commands._table import Cell
+
+    waiting = run["waiting_records"] + run["journal_records"]
+    amount = f"{count_text(waiting)} {bytes_text(run['waiting_bytes'])}" if waiting else "-"
+    oldest = run["oldest_waiting_ms"]
+    state = run["state"] if run["state"] != "ended" else run["status"].lower()
+    return [
+        Cell(run["run_name"] or "-"),
+        Cell(run["run_id"][:8]),
+        Cell(state, STATE_STYLES.get(run["state"], "")),
+        Cell(f"{run['ranks_alive']}/{max(run['ranks_seen'], run['world_size'])}"),
+        Cell(count_text(run["accepted_records"])),
+        Cell(count_text(run["delivered_records"])),
+        Cell(amount),
+        Cell(age_text(time_ms - oldest) if oldest is not None else "-"),
+        Cell(count_text(run["dead_letters"]), "red" if run["dead_letters"] else ""),
+        Cell(run["last_error"] or ""),
+    ]
+
+
+# --- judge ------------------------------------------------------------------------------------
+
+
+def troubles(status: Status) -> list[str]:
+    """Return what needs a person, one line each with the mend; empty: all is well."""
+    found = []
+    server = status["server"]
+    if server is not None and server["state"] == "down":
+        found.append(
+            f"the server is down ({one_line(server['last_error'] or 'no reason known')}): nothing "
+            "is lost, delivery goes on by itself when it is back; `mlflow-relay check` tests it"
+        )
+    if status["disk"]["full"]:
+        found.append(
+            "the spool's disk is full or its quota is reached: journals hold what ranks log; free "
+            "some space, or raise spool_bytes_max"
+        )
+    counters = status["counters"]
+    if counters["fsync_failures"]:
+        found.append(
+            f"{plural(counters['fsync_failures'], 'fsync')} failed: the spool's disk may be dying, "
+            "see the kernel's log (dmesg)"
+        )
+    if counters["quarantined_files"] or counters["damaged_records"]:
+        found.append(
+            f"{plural(counters['quarantined_files'], 'damaged file')} set aside in the spool, "
+            f"{plural(counters['damaged_records'], 'record')} unreadable: see the daemon's log"
+        )
+    for run in status["runs"]:
+        found += _run_troubles(run)
+    return found
+
+
+def passing_errors(status: Status) -> list[str]:
+    """Return the last errors that need nobody: the daemon tries again by itself."""
+    return [
+        f"{_who(run)}: {one_line(run['last_error'])}"
+        for run in status["runs"]
+        if run["last_error"] and run["state"] != "blocked"
+    ]
+
+
+def _who(run: Run) -> str:
+    name = one_line(run["run_name"] or "run")
+    shown = name if len(name) <= NAME_SHOWN_MAX else name[: NAME_SHOWN_MAX - 1] + "…"
+    return f"{shown} {run['run_id'][:8]}"
+
+
+def _run_troubles(run: Run) -> list[str]:
+    who = _who(run)
+    error = one_line(run["last_error"] or "no reason known")
+    found = []
+    if run["state"] == "blocked":
+        found.append(
+            f"{who}: blocked: {error}: when that is mended, "
+            f"`mlflow-relay flush {run['run_id'][:8]}` tries again"
+        )
+    if run["dead_letters"]:
+        found.append(
+            f"{who}: MLflow refused {plural(run['dead_letters'], 'record')}: "
+            f"`mlflow-relay dead-letters list --run {run['run_id'][:8]}` says why"
+        )
+    if run["lost_records"]:
+        found.append(
+            f"{who}: {plural(run['lost_records'], 'record')} lost, a rank's journal was full: "
+            "raise journal_bytes_max there, or mend what kept the daemon from taking them"
+        )
+    if run["damaged_records"]:
+        found.append(
+            f"{who}: {plural(run['damaged_records'], 'record')} damaged on disk: see the "
+            "daemon's log"
+        )
+    return found

@@ -1,0 +1,341 @@
+"""Every setting of the daemon, once: default, unit, allowed range, help, and where it came from.
+
+Order: flags > MLFLOW_RELAY_<NAME> > one TOML file > MLFLOW_TRACKING_URI (for tracking_uri) >
+defaults. The file is the first that exists of --config, MLFLOW_RELAY_CONFIG,
+$XDG_CONFIG_HOME/mlflow-relay.toml and /etc/mlflow-relay.toml.
+
+A value that is overridden is checked all the same: a wrong line in a file should be heard of on
+the day it is written, not on the day when the flag that hid it is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import socket as sockets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from mlflow_relay.paths import SOCKET_PATH_BYTES_MAX, default_socket
+from mlflow_relay_daemon.setting import (
+    VARIABLE_PREFIX,
+    ConfigError,
+    Setting,
+    parse_value,
+    shown,
+    shown_key,
+    shown_path,
+    size_text,
+)
+from mlflow_relay_daemon.words import KB, MB, TB, one_line
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["SETTINGS", "Config", "ConfigError", "describe", "load_config", "unknown_variables"]
+
+SYSTEM_FILE = Path("/etc/mlflow-relay.toml")
+FILE_NAME = "mlflow-relay.toml"
+FILE_BYTES_MAX = 1_000_000  # a settings file has a few lines; anything longer is a wrong path
+
+
+def _setting(kind: str, help: str, **more: Any) -> dict[str, Any]:
+    return {"setting": {"kind": kind, "help": help, **more}}
+
+
+def state_home(environ: Mapping[str, str] | None = None) -> Path:
+    """Return the folder that holds the spools of all nodes and the embedded MLflow store."""
+    return _xdg("XDG_STATE_HOME", ".local/state", environ) / "mlflow-relay"
+
+
+def default_spool(environ: Mapping[str, str] | None = None) -> Path:
+    """Return this node's spool: homes are shared between nodes, and each has a daemon."""
+    return state_home(environ) / sockets.gethostname()
+
+
+def default_tracking_uri(environ: Mapping[str, str] | None = None) -> str:
+    """Return the embedded SQLite store, beside the spools: works before there is a server."""
+    return f"sqlite:///{state_home(environ) / 'mlflow.db'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one daemon. `load_config` fills it; every value is in its range."""
+
+    spool: Path = field(
+        default_factory=default_spool,
+        metadata=_setting(
+            "path", "Folder that keeps what MLflow does not have yet; one daemon each.",
+            flag="--spool",
+        ),
+    )  # fmt: skip
+    socket: Path = field(
+        default_factory=default_socket,
+        metadata=_setting("path", "Unix socket at which ranks and commands meet the daemon.",
+                          flag="--socket"),
+    )  # fmt: skip
+    tracking_uri: str = field(
+        default_factory=default_tracking_uri,
+        repr=False,  # may hold a password, and a repr ends up in tracebacks and logs
+        metadata=_setting(
+            "uri",
+            "The MLflow server or store. Passwords belong in MLFLOW_TRACKING_PASSWORD, not here.",
+            flag="--tracking-uri", secret=True,
+        ),
+    )  # fmt: skip
+    offline: bool = field(
+        default=False,
+        metadata=_setting("switch", "Keep everything in the spool; `mlflow-relay sync` delivers "
+                          "it later.", flag="--offline"),
+    )  # fmt: skip
+    exit_when_idle_s: float | None = field(
+        default=None,
+        metadata=_setting(
+            "seconds", "Leave after so many seconds without a rank and with nothing to deliver.",
+            flag="--exit-when-idle", least=0, most=2_592_000, optional=True,
+        ),
+    )  # fmt: skip
+    drain_timeout_s: float = field(
+        default=10.0,
+        metadata=_setting("seconds", "After SIGTERM, deliver for at most so many seconds; the "
+                          "rest stays in the spool.", flag="--drain-timeout", most=86_400),
+    )  # fmt: skip
+    spool_bytes_max: int | None = field(
+        default=None,
+        metadata=_setting(
+            "bytes", "Quota of the spool; when it is reached nothing is acknowledged until there "
+            "is space again.", flag="--spool-bytes-max", least=MB, most=1000 * TB, optional=True,
+        ),
+    )  # fmt: skip
+    free_bytes_min: int = field(
+        default=256 * MB,
+        metadata=_setting("bytes", "Free space that is left to others on the spool's disk.",
+                          flag="--free-bytes-min", most=1000 * TB),
+    )  # fmt: skip
+    segment_bytes_max: int = field(
+        default=16 * MB,
+        metadata=_setting("bytes", "Size at which a new spool file begins; space returns by "
+                          "whole files.", least=64 * KB, most=1 << 30),
+    )  # fmt: skip
+    group_bytes_max: int = field(
+        default=MB,
+        metadata=_setting("bytes", "Bytes that share one fdatasync, at most.", least=4 * KB,
+                          most=64 << 20),
+    )  # fmt: skip
+    batch_age_s: float = field(
+        default=0.5,
+        metadata=_setting("seconds", "How long a small batch for MLflow waits for more.", most=60),
+    )  # fmt: skip
+    delivery_threads: int = field(
+        default=4,
+        metadata=_setting("count", "Runs that are delivered side by side.",
+                          flag="--delivery-threads", least=1, most=64),
+    )  # fmt: skip
+    request_timeout_s: float = field(
+        default=30.0,
+        metadata=_setting("seconds", "How long one request to MLflow may take.",
+                          flag="--request-timeout", least=0.1, most=3600),
+    )  # fmt: skip
+    retry_wait_s_max: float = field(
+        default=30.0,
+        metadata=_setting("seconds", "The longest pause between two tries at a server that is "
+                          "down.", least=0.01, most=3600),
+    )  # fmt: skip
+    log_level: str = field(
+        default="info",
+        metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",
+                          choices=("debug", "info", "warning", "error")),
+    )  # fmt: skip
+    log_format: str = field(
+        default="text",
+        metadata=_setting("choice", "One line of text, or one JSON object per event.",
+                          flag="--log-format", choices=("text", "json")),
+    )  # fmt: skip
+    origin: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        f.name: Setting(name=f.name, **f.metadata["setting"])
+        for f in dataclasses.fields(Config)
+        if "setting" in f.metadata
+    }
+)
+
+
+def load_config(
+    flags: Mapping[str, object] | None = None,
+    *,
+    config_file: Path | str | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Gather the settings from all sources.
+
+    Args:    flags: by field name; None means that the flag was not given. config_file: --config.
+    Returns: a Config in which every value is in its range and has an origin.
+    Raises:  ConfigError.
+    """
+    environ = os.environ if environ is None else environ
+    chosen: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, raw, where in _offers(flags or {}, config_file, environ):
+        value = parse_value(SETTINGS[name], raw, where)
+        if name not in chosen:
+            chosen[name], origin[name] = value, where
+    for name in set(SETTINGS) - set(chosen):
+        origin[name] = "default"
+    if "spool" not in chosen:
+        chosen["spool"] = default_spool(environ)
+    if "tracking_uri" not in chosen:
+        chosen["tracking_uri"] = default_tracking_uri(environ)
+    config = Config(**chosen, origin=MappingProxyType(origin))
+    _check_socket_length(config)
+    return config
+
+
+def _offers(
+    flags: Mapping[str, object], config_file: Path | str | None, environ: Mapping[str, str]
+) -> Iterator[tuple[str, object, str]]:
+    """Yield (setting, raw value, where it stands), the strongest source first."""
+    for name, raw in flags.items():
+        if raw is not None:
+            yield name, raw, f"flag {SETTINGS[name].flag}"
+    for name, setting in SETTINGS.items():
+        if environ.get(setting.variable):  # set to nothing means not set, as in a shell's ${X:-}
+            yield name, environ[setting.variable], setting.variable
+    path = find_file(config_file, environ)
+    if path is not None:
+        for name, raw in _read_file(path).items():
+            yield name, raw, shown_path(path)
+    uri = environ.get("MLFLOW_TRACKING_URI", "")
+    # relay:// is what ranks are given to reach this daemon; it never is the daemon's own target,
+    # and must not stop `status` in the same shell. `mlflow-relay daemon` asks for a real one.
+    if uri and not uri.startswith("relay:"):
+        yield "tracking_uri", uri, "MLFLOW_TRACKING_URI"
+
+
+def _check_socket_length(config: Config) -> None:
+    length = len(os.fsencode(config.socket))
+    if length > SOCKET_PATH_BYTES_MAX:
+        raise ConfigError(
+            f"{config.origin['socket']}: socket = {shown(str(config.socket))} is {length} bytes "
+            f"long, a Unix socket's path may have {SOCKET_PATH_BYTES_MAX}: set a shorter one, such "
+            "as /tmp/relay/relay.sock, as MLFLOW_RELAY_SOCKET for the daemon and the ranks"
+        )
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def find_file(config_file: Path | str | None, environ: Mapping[str, str]) -> Path | None:
+    """Return the settings file in force; one that was named must exist, the others may."""
+    if config_file is not None:
+        return _named_file(config_file, "flag --config")
+    if environ.get("MLFLOW_RELAY_CONFIG"):
+        return _named_file(environ["MLFLOW_RELAY_CONFIG"], "MLFLOW_RELAY_CONFIG")
+    candidates = [SYSTEM_FILE]
+    with suppress(ConfigError):  # a system service has no home, and needs none for /etc
+        candidates.insert(0, _xdg("XDG_CONFIG_HOME", ".config", environ) / FILE_NAME)
+    return next((path for path in candidates if os.path.lexists(path)), None)
+
+
+def _named_file(name: Path | str, where: str) -> Path:
+    path = parse_value(Setting("config", "path", ""), str(name), where)
+    assert isinstance(path, Path)
+    if not os.path.lexists(path):
+        raise ConfigError(f"{where}: there is no file {shown_path(path)}: create it or drop it")
+    return path
+
+
+def _read_file(path: Path) -> dict[str, object]:
+    where = shown_path(path)
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise ConfigError(
+            f"{where}: cannot be read: {error.strerror}: mend its permissions, or name another "
+            "file with --config"
+        ) from None
+    if len(data) > FILE_BYTES_MAX:
+        raise ConfigError(
+            f"{where}: is over {size_text(FILE_BYTES_MAX)}, which no settings file is: name "
+            "another with --config"
+        )
+    try:
+        table: dict[str, object] = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError included
+        reason = one_line(str(error)) or type(error).__name__
+        raise ConfigError(f"{where}: is not TOML: {reason[:200]}") from None
+    for key in table:
+        if key not in SETTINGS:
+            raise ConfigError(f"{where}: {shown_key(key)} is no setting{_hint(key)}")
+    return table
+
+
+def _hint(key: str) -> str:
+    close = difflib.get_close_matches(key.lower().replace("-", "_"), SETTINGS, n=1)
+    if close:
+        return f": did you mean {close[0]}?"
+    return f": allowed are {', '.join(sorted(SETTINGS))}"
+
+
+def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return variables that look like a misspelt setting, each with the setting it resembles.
+
+    They are not refused: the prefix is shared with the client, whose variables are its own.
+    """
+    environ = os.environ if environ is None else environ
+    known = {setting.variable for setting in SETTINGS.values()}
+    found: dict[str, str] = {}
+    for variable in environ:
+        if variable.startswith(VARIABLE_PREFIX) and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1, cutoff=0.9)
+            if close:
+                found[variable] = close[0]
+    return found
+
+
+# --- words ------------------------------------------------------------------------------------
+
+
+def describe(config: Config) -> list[tuple[str, str, str]]:
+    """Return (name, value, origin) of every setting, fit to be printed: passwords are left out."""
+    from mlflow_relay_daemon.sinks.redact import redact_uri
+
+    rows = []
+    for name, setting in SETTINGS.items():
+        value = getattr(config, name)
+        if value is None:
+            text = "none"
+        elif setting.kind == "bytes":
+            text = size_text(value)
+        elif setting.kind == "uri":
+            text = redact_uri(value)
+        elif setting.kind == "switch":
+            text = "true" if value else "false"
+        else:
+            text = f"{value:.9g}" if isinstance(value, float) else str(value)
+        rows.append((name, text, config.origin.get(name, "default")))
+    return rows
+
+
+def _xdg(variable: str, fallback: str, environ: Mapping[str, str] | None) -> Path:
+    environ = os.environ if environ is None else environ
+    value = Path(environ.get(variable, ""))
+    if value.is_absolute():  # the XDG specification: relative ones are to be ignored
+        return value
+    try:
+        return Path(environ.get("HOME") or Path.home()) / fallback
+    except RuntimeError:
+        raise ConfigError(
+            f"HOME and {variable} are not set: set one, or give --spool and --tracking-uri"
+        ) from None

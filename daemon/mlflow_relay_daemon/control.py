@@ -1,0 +1,129 @@
+"""What operators ask of a living daemon: ping, status, flush, dead letters.
+
+See PROTOCOL.md, CONTROL.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from mlflow_relay._version import __version__
+from mlflow_relay.errors import FormatError
+from mlflow_relay.messages import pack_map, unpack_map
+from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.retry import Stopped
+from mlflow_relay_daemon.sinks import SinkError
+
+log = logging.getLogger(__name__)
+
+
+class Control:
+    """Answers control requests, from the intake's thread.
+
+    Args:
+        read_status: returns the status object.
+        look: takes over what dead ranks left, now.
+        in_journals: returns a run's records that its ranks hold.
+        answer_later: sends an answer from another thread; set by the service.
+    """
+
+    def __init__(
+        self,
+        runs: Runs,
+        read_status: Callable[[], dict[str, Any]],
+        look: Callable[[], None],
+        in_journals: Callable[[Hosted], int],
+    ) -> None:
+        self._runs, self._read_status = runs, read_status
+        self._look, self._in_journals = look, in_journals
+        self.answer_later: Callable[[bytes, bytes], None] = lambda _peer, _payload: None
+
+    def answer(self, peer: bytes, payload: bytes) -> bytes | None:
+        """Return the answer; None: it comes later, from a thread that waits for the server.
+
+        Raises: FormatError: not a control request.
+        """
+        request = unpack_map(payload)
+        command = request.get("command")
+        try:
+            match command:
+                case "ping":
+                    return _ok(pid=os.getpid(), version=__version__)
+                case "status":
+                    return _ok(status=self._read_status())
+                case "flush":
+                    return _ok(targets=self._flush(request))
+                case "dead_letters":
+                    return self._dead_letters(peer, request)
+        except (KeyError, TypeError, ValueError) as error:
+            return _failed(f"{command}: {error}")
+        if not isinstance(command, str):
+            raise FormatError("a control request without a command")
+        return _failed(f"{command[:40]!r} is no command of this daemon ({__version__})")
+
+    def _flush(self, request: dict[str, Any]) -> dict[str, int]:
+        if self._runs.delivery is None:
+            raise ValueError("this daemon is offline and delivers nothing: see `mlflow-relay sync`")
+        self._look()
+        chosen = self._chosen(request.get("runs"))
+        self._runs.delivery.deliver_now([each.lane for each in chosen if each.lane is not None])
+        return {
+            each.run.card.run_id: each.run.accepted_records + self._in_journals(each)
+            for each in chosen
+        }
+
+    def _dead_letters(self, peer: bytes, request: dict[str, Any]) -> bytes | None:
+        run = request.get("run")
+        chosen = self._chosen([run] if run else None)
+        ids = None if request.get("ids") is None else {int(each) for each in request["ids"]}
+        match request.get("action"):
+            case "list":
+                letters = [
+                    {**asdict(letter), "run_id": each.run.card.run_id}
+                    for each in chosen
+                    for letter in each.letters.list()
+                ]
+                return _ok(dead_letters=letters)
+            case "drop":
+                return _ok(count=sum(_drop(each, ids) for each in chosen))
+            case "retry":
+                thread = threading.Thread(
+                    target=self._retry, args=(peer, chosen, ids), name="dead letters", daemon=True
+                )
+                thread.start()
+                return None
+        raise ValueError("action is list, retry or drop")
+
+    def _retry(self, peer: bytes, chosen: list[Hosted], ids: set[int] | None) -> None:
+        try:
+            taken = sum(each.lane.retry_letters(ids) for each in chosen if each.lane is not None)
+            self.answer_later(peer, _ok(count=taken))
+        except (SinkError, OSError) as error:
+            self.answer_later(peer, _failed(str(error)))
+        except Stopped:
+            self.answer_later(peer, _failed("the daemon is stopping"))
+
+    def _chosen(self, run_ids: list[str] | None) -> list[Hosted]:
+        """Return the runs of these ids, all if there are none. Raises: KeyError."""
+        if not run_ids:
+            return list(self._runs.by_id.values())
+        return [self._runs.by_id[run_id] for run_id in run_ids]
+
+
+def _drop(hosted: Hosted, ids: set[int] | None) -> int:
+    if ids is None:
+        ids = {letter.id for letter in hosted.letters.list()}
+    return hosted.letters.remove(ids) if ids else 0
+
+
+def _ok(**fields: Any) -> bytes:
+    return pack_map({"ok": True, **fields})
+
+
+def _failed(error: str) -> bytes:
+    return pack_map({"ok": False, "error": error})

@@ -1,0 +1,168 @@
+"""Talks to the daemon of this node: one question, one answer.
+
+Request:  [CONTROL, map {"command": str, **arguments}]
+Reply:    [REPLY, map {"ok": true, ...}] or [REPLY, map {"ok": false, "error": "one line"}]
+Source:   mlflow_relay.messages
+"""
+
+from __future__ import annotations
+
+import errno
+import socket as sockets
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import zmq
+
+from mlflow_relay.errors import FormatError
+from mlflow_relay.messages import CONTROL, REPLY, pack_map, unpack_map
+from mlflow_relay_daemon.exits import DEGRADED, NO_DAEMON, CommandError
+
+ANSWER_TIMEOUT_S = 5.0  # a daemon that is alive answers within one fsync; 5 s outlasts a slow disk
+
+
+class NoDaemon(CommandError):
+    """Nobody answers at the socket."""
+
+    exit_code = NO_DAEMON
+
+
+class DaemonRefused(CommandError):
+    """The daemon answered that it cannot do this, and why."""
+
+    exit_code = DEGRADED
+
+
+class ControlClient:
+    """A connection to the daemon at a socket; a context manager."""
+
+    def __init__(self, socket: Path, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        self._path = socket
+        self._timeout_s = timeout_s
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._dealer: zmq.Socket[bytes] | None = None
+
+    def __enter__(self) -> ControlClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close at once; an unanswered question is forgotten."""
+        self._hang_up()
+        self._context.term()
+
+    # --- the questions ------------------------------------------------------------------------
+
+    def ping(self) -> dict[str, Any]:
+        """Return pid and version of the daemon."""
+        return self.ask("ping")
+
+    def status(self) -> dict[str, Any]:
+        """Return the status object (docs: `mlflow-relay status --json`)."""
+        status = self.ask("status").get("status")
+        if not isinstance(status, dict):
+            raise self._stranger()
+        return status
+
+    def flush(self, runs: Sequence[str] = ()) -> dict[str, int]:
+        """Make the daemon try at once.
+
+        Returns: per relay run id the records accepted so far; a run is flushed when its
+                 settled_records reach that number.
+        """
+        targets = self.ask("flush", runs=list(runs)).get("targets")
+        if not isinstance(targets, dict):
+            raise self._stranger()
+        return {str(run): int(records) for run, records in targets.items()}
+
+    def dead_letters(
+        self, action: str, run: str | None = None, ids: Sequence[Any] | None = None
+    ) -> dict[str, Any]:
+        """List, retry or drop what MLflow refused.
+
+        Args:    action: list, retry or drop. run: of this relay run id only. ids: only these.
+        Returns: {"dead_letters": [...]} for list, else {"count": n}.
+        """
+        chosen = None if ids is None else list(ids)
+        return self.ask("dead_letters", action=action, run=run, ids=chosen)
+
+    def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to one command.
+
+        Raises:  NoDaemon: nobody answered in time. DaemonRefused: it said no.
+        """
+        dealer = self._dealer or self._call_up()
+        dealer.send_multipart([CONTROL, pack_map({"command": command, **arguments})])
+        if not dealer.poll(int(self._timeout_s * 1000)):
+            self._hang_up()  # a late answer must not be taken for that to the next question
+            raise NoDaemon(
+                f"the daemon at {self._path} is there but did not answer within {self._timeout_s:g}"
+                " s: its disk may be stuck, see its log; try again, or restart it"
+            )
+        return self._understand(dealer.recv_multipart())
+
+    # --- the wire -----------------------------------------------------------------------------
+
+    def _call_up(self) -> zmq.Socket[bytes]:
+        # ZeroMQ retries a dead address in silence until the timeout; a plain connect knows at once.
+        probe_socket(self._path)
+        dealer = self._context.socket(zmq.DEALER)
+        dealer.linger = 0  # no MAXMSGSIZE: the status of thousands of runs may pass a frame's limit
+        dealer.connect(f"ipc://{self._path}")
+        self._dealer = dealer
+        return dealer
+
+    def _hang_up(self) -> None:
+        if self._dealer is not None:
+            self._dealer.close(linger=0)
+            self._dealer = None
+
+    def _understand(self, frames: list[bytes]) -> dict[str, Any]:
+        if len(frames) != 2 or frames[0] != REPLY:
+            raise self._stranger()
+        try:
+            reply = unpack_map(frames[1])
+        except FormatError:
+            raise self._stranger() from None
+        if not reply.get("ok"):
+            raise DaemonRefused(f"the daemon refused: {reply.get('error', 'it gave no reason')}")
+        return reply
+
+    def _stranger(self) -> DaemonRefused:
+        self._hang_up()
+        return DaemonRefused(
+            f"what answers at {self._path} speaks another version: restart the daemon, or use the "
+            "mlflow-relay it came with"
+        )
+
+
+def probe_socket(path: Path) -> None:
+    """Return if somebody listens at the socket.
+
+    Raises:  NoDaemon: with the reason and the mend.
+    """
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (TimeoutError, BlockingIOError):
+            return  # somebody listens, and is busy
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):
+                raise NoDaemon(
+                    f"the daemon's socket {path} is closed to this user: run as the user that "
+                    "started it, or as a member of its group"
+                ) from None
+            raise NoDaemon(
+                f"no daemon answers at {path}: start one with `mlflow-relay daemon`, or name its "
+                "socket with --socket or MLFLOW_RELAY_SOCKET"
+            ) from None

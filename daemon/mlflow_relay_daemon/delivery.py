@@ -1,0 +1,125 @@
+"""Lanes and the threads that work them: one step of a run at a time, several runs side by side."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import threading
+import time
+
+from mlflow_relay_daemon.lane import Lane
+from mlflow_relay_daemon.retry import Breaker, Stopped
+
+log = logging.getLogger(__name__)
+
+#: From so many waiting bytes on a batch is full anyway: no need to wait for more.
+FULL_BATCH_BYTES = 64 << 10
+
+
+class Delivery:
+    """Works lanes when they are due.
+
+    Args:
+        breaker: of the server that all lanes deliver to.
+        threads: lanes that are worked side by side.
+        batch_age_s: how long a batch that is not full waits for more.
+    """
+
+    def __init__(self, breaker: Breaker, *, threads: int, batch_age_s: float) -> None:
+        self._breaker = breaker
+        self._batch_age_s = batch_age_s
+        self._changed = threading.Condition()
+        self._due: list[tuple[float, int, Lane]] = []
+        self._due_s: dict[Lane, float] = {}  # the valid one of several entries in `_due`
+        self._busy: dict[Lane, float | None] = {}  # and when it is to be worked again
+        self._order = itertools.count()
+        self._stopping = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"delivery {index}", daemon=True)
+            for index in range(threads)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def notify(self, lane: Lane) -> None:
+        """There is something new for this lane."""
+        is_full = lane.run.waiting_bytes() >= FULL_BATCH_BYTES
+        self._schedule(lane, 0.0 if is_full else self._batch_age_s)
+
+    def deliver_now(self, lanes: list[Lane]) -> None:
+        """Work these lanes at once, and ask the server again if it was away."""
+        for lane in lanes:
+            self._schedule(lane, 0.0)
+        self._breaker.retry_now()
+
+    def is_idle(self) -> bool:
+        """Return whether no lane is being worked or waiting for its turn."""
+        with self._changed:
+            return not self._busy and not self._due_s
+
+    def stop(self) -> None:
+        """Let every thread finish its request and leave."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._breaker.stop()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def _schedule(self, lane: Lane, delay_s: float) -> None:
+        due_s = time.monotonic() + delay_s
+        with self._changed:
+            if lane in self._busy:
+                planned_s = self._busy[lane]
+                self._busy[lane] = due_s if planned_s is None else min(due_s, planned_s)
+            elif lane not in self._due_s or due_s < self._due_s[lane]:
+                self._due_s[lane] = due_s
+                heapq.heappush(self._due, (due_s, next(self._order), lane))
+                self._changed.notify()
+
+    def _work(self) -> None:
+        while (lane := self._take()) is not None:
+            delay_s: float | None = None
+            try:
+                delay_s = lane.work()
+            except Stopped:
+                return
+            except Exception:  # one run's trouble is not the others'
+                log.exception("run %s: tried again in a minute", lane.run.card.run_id)
+                lane.last_error = "an error of the relay itself: see the daemon's log"
+                delay_s = 60.0
+            finally:
+                self._give_back(lane, delay_s)
+
+    def _take(self) -> Lane | None:
+        """Return the next lane that is due; None when stopping."""
+        with self._changed:
+            while not self._stopping:
+                if not self._due:
+                    self._changed.wait()
+                    continue
+                due_s, _, lane = self._due[0]
+                if self._due_s.get(lane) != due_s:
+                    heapq.heappop(self._due)  # it was scheduled anew since
+                elif due_s > (now_s := time.monotonic()):
+                    self._changed.wait(due_s - now_s)
+                else:
+                    heapq.heappop(self._due)
+                    del self._due_s[lane]
+                    self._busy[lane] = None
+                    return lane
+            return None
+
+    def _give_back(self, lane: Lane, delay_s: float | None) -> None:
+        with self._changed:
+            again_s = self._busy.pop(lane)
+        now_s = time.monotonic()
+        waits = [] if again_s is None else [max(0.0, again_s - now_s)]
+        if delay_s is not None:
+            waits.append(delay_s)
+        if waits:
+            self._schedule(lane, min(waits))

@@ -1,0 +1,112 @@
+"""The runs of this daemon, each with its spool, its dead letters and its lane."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from mlflow_relay_daemon.attachment import Attachment
+from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.delivery import Delivery
+from mlflow_relay_daemon.lane import Lane
+from mlflow_relay_daemon.retry import Breaker
+from mlflow_relay_daemon.sinks import Sink
+from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.spool import Spool
+from mlflow_relay_daemon.states import RunState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """One run."""
+
+    run: RunSpool
+    letters: DeadLetters
+    lane: Lane | None  #: None: this daemon is offline
+
+
+class Runs:
+    """All runs; finds or makes what a session asks for.
+
+    Args:
+        sink, breaker, delivery: None: offline, nothing is delivered.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        sink: Sink | None,
+        breaker: Breaker | None,
+        delivery: Delivery | None,
+    ) -> None:
+        self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
+        self.by_id: dict[str, Hosted] = {}
+        for run in spool.runs.values():
+            self._host(run)
+
+    def attach(self, attachment: Attachment) -> Hosted:
+        """Return the run of a session that attaches; run and session are on the disk.
+
+        Raises: OSError: they are not.
+        """
+        hosted = self.by_id.get(attachment.run_id)
+        if hosted is None:
+            hosted = self._host(self.spool.open_run(attachment.new_card()))
+        run, name = hosted.run, attachment.session.hex()
+        with run.lock:
+            if name not in run.card.sessions:
+                run.card.sessions[name] = attachment.session_card()
+                run.card.world_size = max(run.card.world_size, attachment.world_size)
+                # The run began when its first rank did, whichever reached us first.
+                if run.card.state is RunState.NEW:
+                    run.card.start_ms = min(run.card.start_ms, attachment.start_ms)
+                try:
+                    run.save_card()
+                except OSError:
+                    del run.card.sessions[name]
+                    raise
+        run.skip_to(attachment.session, attachment.first_seq)
+        self.notify(hosted)
+        return hosted
+
+    def close_session(self, hosted: Hosted, session: bytes) -> None:
+        """The session is over, all that it had is in the spool. Raises: OSError: not written."""
+        run = hosted.run
+        with run.lock:
+            card = run.card.sessions.get(session.hex())
+            if card is not None and not card.closed:
+                card.closed = True
+                try:
+                    run.save_card()
+                except OSError:
+                    card.closed = False
+                    raise
+        self.notify(hosted)
+
+    def find_session(self, session: bytes) -> Hosted | None:
+        """Return the run that knows this session."""
+        name = session.hex()
+        return next((each for each in self.by_id.values() if name in each.run.card.sessions), None)
+
+    def notify(self, hosted: Hosted) -> None:
+        """Something is new in this run: its lane has work."""
+        if self.delivery is not None and hosted.lane is not None:
+            self.delivery.notify(hosted.lane)
+
+    def return_space(self) -> None:
+        """Let go of segments whose content is delivered."""
+        for hosted in list(self.by_id.values()):
+            try:
+                hosted.run.return_space()
+            except OSError as error:
+                log.debug("run %s: %s", hosted.run.card.run_id, error)
+
+    def _host(self, run: RunSpool) -> Hosted:
+        letters = DeadLetters(self.spool.disk, run.folder)
+        lane = None
+        if self.sink is not None and self.breaker is not None:
+            lane = Lane(run, self.sink, self.breaker, letters)
+        hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
+        return hosted

@@ -1,0 +1,265 @@
+"""Socket → spool → fsync → ack: the daemon's one loop.
+
+    receive a group → sort by run → one append and one fdatasync per run → acks
+
+Records are not looked at here. While the disk syncs, the next group gathers in the socket, so
+groups grow with the load by themselves. Whatever fails, an ack is sent only for what is on the
+disk, and the ranks' journals hold the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from mlflow_relay import messages
+from mlflow_relay.errors import FormatError
+from mlflow_relay.frames import Header, read_frame
+from mlflow_relay_daemon.attachment import read_attachment
+from mlflow_relay_daemon.control import Control
+from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.hosted import Hosted, Runs
+
+log = logging.getLogger(__name__)
+
+#: While the disk is full, no rank's frames are taken for so long: sending them again costs, too.
+FULL_PAUSE_S = 0.5
+
+
+@dataclass
+class LiveSession:
+    """A session that is attached."""
+
+    peer: bytes  #: its ZeroMQ routing id; a session is who attached it last
+    hosted: Hosted
+    heard_s: float
+    told_mlflow_run_id: bool = False
+
+
+class Intake:
+    """Serves the socket.
+
+    Args:
+        socket_path: made here, for this user alone.
+        group_bytes_max: bytes that share one fdatasync, at most.
+    """
+
+    def __init__(
+        self,
+        socket_path: Path,
+        runs: Runs,
+        control: Control,
+        counters: Counters,
+        group_bytes_max: int,
+    ) -> None:
+        self._runs, self._control, self._counters = runs, control, counters
+        self._group_bytes_max = group_bytes_max
+        self.sessions: dict[bytes, LiveSession] = {}
+        self.is_full = False
+        self._full_until_s = 0.0
+        self._answers: deque[tuple[bytes, bytes]] = deque()
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.linger = 200
+        self._socket.router_handover = True
+        self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
+        self._socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
+        self._socket.bind(f"ipc://{socket_path}")
+        os.chmod(socket_path, 0o600)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+
+    def answer_later(self, peer: bytes, payload: bytes) -> None:
+        """Send an answer to a control request from another thread."""
+        self._answers.append((peer, payload))
+        self.wake()
+
+    def wake(self) -> None:
+        """Let the loop turn now. Safe in signal handlers and threads."""
+        os.eventfd_write(self._wake_fd, 1)
+
+    def turn(self, wait_s: float) -> None:
+        """Wait for something to do, and do it."""
+        ready = dict(self._poller.poll(int(wait_s * 1000)))
+        if self._wake_fd in ready:
+            os.eventfd_read(self._wake_fd)
+        if self._socket in ready:
+            self._serve(self._receive_group())
+        while self._answers:
+            peer, payload = self._answers.popleft()
+            self._send(peer, messages.REPLY, payload)
+        self._tell_news()
+
+    def close(self) -> None:
+        self._context.destroy(linger=200)
+        os.close(self._wake_fd)
+
+    # ── in ──
+
+    def _receive_group(self) -> list[list[bytes]]:
+        """Return the messages that are there, up to a group's size."""
+        group: list[list[bytes]] = []
+        size = 0
+        while size < self._group_bytes_max:
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break  # all is received
+            group.append(parts)
+            size += sum(map(len, parts))
+        return group
+
+    def _serve(self, group: list[list[bytes]]) -> None:
+        arrivals: dict[bytes, list[tuple[Header, bytes]]] = {}
+        for parts in group:
+            try:
+                peer, kind, payload = parts
+                if kind == messages.DATA:
+                    self._sort(peer, payload, arrivals)
+                else:
+                    # What came before in this group is on the disk before anything is answered.
+                    self._keep(arrivals)
+                    self._answer(peer, kind, payload)
+            except (FormatError, ValueError) as error:
+                self._counters.count("bad_messages", error)
+        self._keep(arrivals)
+
+    def _sort(
+        self, peer: bytes, payload: bytes, arrivals: dict[bytes, list[tuple[Header, bytes]]]
+    ) -> None:
+        """Put a frame with those of its session, if it is the one that comes next."""
+        header = read_frame(payload)
+        session = self.sessions.get(header.session)
+        if session is None or session.peer != peer:
+            self._send(peer, messages.UNKNOWN, header.session)
+            return
+        session.heard_s = time.monotonic()
+        before = arrivals.get(header.session)
+        expected = before[-1][0].next_seq if before else session.hosted.run.next_seq(header.session)
+        if header.first_seq == expected:
+            arrivals.setdefault(header.session, []).append((header, payload))
+            return
+        if header.next_seq <= expected:
+            self._counters.count("resent_frames", "a frame came twice")
+        elif not self.is_full:  # else the gap is ours: the rank sends again after its timeout
+            self._counters.count("resent_frames", "a frame came before its predecessor")
+            self._send(peer, messages.UNKNOWN, header.session)
+
+    # ── keep ──
+
+    def _keep(self, arrivals: dict[bytes, list[tuple[Header, bytes]]]) -> None:
+        """Append and fsync, run by run; then ack."""
+        if not arrivals:
+            return
+        by_run: dict[str, list[tuple[Header, bytes]]] = {}
+        for session, frames in arrivals.items():
+            by_run.setdefault(self.sessions[session].hosted.run.card.run_id, []).extend(frames)
+        for run_id, frames in by_run.items():
+            if self._append(self._runs.by_id[run_id], frames):
+                for session in {header.session for header, _ in frames}:
+                    self._ack(session)
+        arrivals.clear()
+
+    def _append(self, hosted: Hosted, frames: list[tuple[Header, bytes]]) -> bool:
+        """Return whether the frames are on the disk."""
+        if self.is_full and time.monotonic() < self._full_until_s:
+            return False
+        try:
+            self._runs.spool.check_space(sum(len(frame) for _, frame in frames))
+            hosted.run.append(frames)
+        except OSError as error:
+            self._counters.count(
+                "fsync_failures", f"not written, not acknowledged: {error.strerror or error}"
+            )
+            self.is_full = True
+            self._full_until_s = time.monotonic() + FULL_PAUSE_S
+            return False
+        if self.is_full:
+            log.warning("the spool takes records again")
+            self.is_full = False
+        self._runs.notify(hosted)
+        return True
+
+    def _ack(self, session: bytes) -> None:
+        live = self.sessions[session]
+        next_seq = live.hosted.run.next_seq(session)
+        self._send(live.peer, messages.ACK, messages.pack_ack(session, next_seq))
+
+    # ── answer ──
+
+    def _answer(self, peer: bytes, kind: bytes, payload: bytes) -> None:
+        if kind == messages.ATTACH:
+            self._attach(peer, payload)
+        elif kind in (messages.DETACH, messages.ALIVE):
+            session = self.sessions.get(payload)
+            if session is None and kind == messages.DETACH and self._is_closed(payload):
+                self._send(peer, messages.DETACHED, payload)  # its answer was lost
+            elif session is None or session.peer != peer:
+                self._send(peer, messages.UNKNOWN, payload)
+            elif kind == messages.DETACH:
+                self._detach(peer, payload)
+            else:
+                session.heard_s = time.monotonic()
+        elif kind == messages.CONTROL:
+            reply = self._control.answer(peer, payload)
+            if reply is not None:
+                self._send(peer, messages.REPLY, reply)
+        else:
+            raise FormatError(f"message of unknown kind {kind[:8]!r}")
+
+    def _attach(self, peer: bytes, payload: bytes) -> None:
+        attachment = read_attachment(payload)
+        name = attachment.session
+        if self._is_closed(name):
+            raise FormatError("a session that is over attached again")
+        try:
+            hosted = self._runs.attach(attachment)
+        except OSError as error:
+            self._counters.count("fsync_failures", f"no session attached: {error.strerror}")
+            return  # it asks again
+        self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
+        mlflow_run_id = hosted.run.card.mlflow_run_id
+        self.sessions[name].told_mlflow_run_id = mlflow_run_id is not None
+        fields = {
+            "session": name,
+            "next_seq": hosted.run.next_seq(name),
+            "mlflow_run_id": mlflow_run_id,
+        }
+        self._send(peer, messages.ATTACHED, messages.pack_map(fields))
+
+    def _detach(self, peer: bytes, name: bytes) -> None:
+        try:
+            self._runs.close_session(self.sessions[name].hosted, name)
+        except OSError as error:
+            self._counters.count("fsync_failures", f"no session closed: {error.strerror}")
+            return  # it asks again
+        del self.sessions[name]
+        self._send(peer, messages.DETACHED, name)
+
+    def _is_closed(self, session: bytes) -> bool:
+        hosted = self._runs.find_session(session)
+        return hosted is not None and hosted.run.card.sessions[session.hex()].closed
+
+    def _tell_news(self) -> None:
+        """Tell ranks the MLflow run id as soon as there is one."""
+        for name, session in self.sessions.items():
+            if not session.told_mlflow_run_id:
+                mlflow_run_id = session.hosted.run.card.mlflow_run_id
+                if mlflow_run_id is not None:
+                    session.told_mlflow_run_id = True
+                    fields = {"session": name, "mlflow_run_id": mlflow_run_id}
+                    self._send(session.peer, messages.NEWS, messages.pack_map(fields))
+
+    def _send(self, peer: bytes, kind: bytes, payload: bytes) -> None:
+        try:
+            self._socket.send_multipart((peer, kind, payload), zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            log.debug("a peer is gone: %s", error)

@@ -1,0 +1,228 @@
+"""Start, loop, stop."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from mlflow_relay._version import __version__
+from mlflow_relay.errors import RelayError
+from mlflow_relay.paths import journal_dir, private_dir
+from mlflow_relay_daemon.adoption import Watcher
+from mlflow_relay_daemon.config import Config
+from mlflow_relay_daemon.control import Control
+from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.delivery import Delivery
+from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
+from mlflow_relay_daemon.hosted import Runs
+from mlflow_relay_daemon.intake import Intake
+from mlflow_relay_daemon.logs import set_up_logging
+from mlflow_relay_daemon.retry import Breaker
+from mlflow_relay_daemon.sinks.redact import redact_uri
+from mlflow_relay_daemon.spool.disk import Disk, lock_file
+from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
+from mlflow_relay_daemon.status import StatusReader
+
+log = logging.getLogger(__name__)
+
+#: How often journals are looked at: within it a vanished rank is noticed.
+LOOK_EVERY_S = 0.5
+#: The default interval, 5 ms, is how long a lane that computes may keep intake from its socket.
+SWITCH_INTERVAL_S = 0.0005
+
+
+def run_daemon(config: Config) -> int:
+    """Serve until told to stop; return an exit code.
+
+    Raises: CommandError: it cannot start; says what to do.
+    """
+    set_up_logging(config.log_level, config.log_format)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    service = Service(config)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, service.request_stop)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a login shell that ends is no reason to leave
+    try:
+        service.serve()
+        return service.drain()
+    finally:
+        service.close()
+
+
+class Service:
+    """All parts of one daemon.
+
+    Raises: CommandError: the spool or the socket is taken, cannot be written, ...
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._stopping = False
+        self._looked_s = self._busy_s = time.monotonic()
+        self._socket_lock = _lock_socket(config)
+        self._spool = _open_spool(config)
+        self._delivery = None
+        sink = breaker = None
+        if not config.offline:
+            sink = _open_sink(config)
+            breaker = Breaker(cap_s=config.retry_wait_s_max)
+            self._delivery = Delivery(
+                breaker, threads=config.delivery_threads, batch_age_s=config.batch_age_s
+            )
+        counters = Counters()
+        self._runs = Runs(self._spool, sink, breaker, self._delivery)
+        self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
+        self._status = StatusReader(config, self._runs, self._watcher, counters)
+        control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
+        self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
+        control.answer_later = self._intake.answer_later
+
+    def serve(self) -> None:
+        """Take what ranks send, until asked to stop or idle for long enough."""
+        self._watcher.close_vanished()
+        if self._delivery is not None:
+            self._delivery.start()
+        for hosted in self._runs.by_id.values():
+            self._runs.notify(hosted)
+        log.info(
+            "mlflow-relay %s serves %s; spool %s; %s",
+            __version__,
+            self._config.socket,
+            self._config.spool,
+            "offline" if self._config.offline else redact_uri(self._config.tracking_uri),
+        )
+        _notify_systemd("READY=1")
+        while not self._stopping and not self._is_idle_for_long():
+            self._turn()
+        _notify_systemd("STOPPING=1")
+
+    def drain(self) -> int:
+        """Deliver what is left, for as long as the drain may take; return an exit code."""
+        until_s = time.monotonic() + self._config.drain_timeout_s
+        if self._delivery is not None:
+            self._delivery.deliver_now(
+                [each.lane for each in self._runs.by_id.values() if each.lane is not None]
+            )
+            while time.monotonic() < until_s and not self._delivery.is_idle():
+                self._turn(0.05)
+            self._delivery.stop()
+        left = sum(each.run.waiting_records() for each in self._runs.by_id.values())
+        if left:
+            log.warning(
+                "%d records are not in MLflow yet; they are kept in %s and delivered at the next "
+                "start",
+                left,
+                self._config.spool,
+            )
+        return DONE if not left or self._config.offline else DEGRADED
+
+    def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
+        """Signal handler: only sets a flag."""
+        self._stopping = True
+        self._intake.wake()
+
+    def close(self) -> None:
+        self._intake.close()
+        if self._delivery is not None:
+            self._delivery.stop()
+        self._config.socket.unlink(missing_ok=True)
+        self._spool.close()
+        os.close(self._socket_lock)
+
+    # ── the loop ──
+
+    def _turn(self, wait_s: float = LOOK_EVERY_S) -> None:
+        self._intake.turn(wait_s)
+        if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
+            self._look()
+            self._runs.return_space()
+            _notify_systemd("WATCHDOG=1")
+
+    def _look(self) -> None:
+        self._looked_s = now_s = time.monotonic()
+        heard_s = {name: each.heard_s for name, each in self._intake.sessions.items()}
+        for session in self._watcher.look(heard_s, now_s):
+            self._intake.sessions.pop(session, None)
+
+    def _read_status(self) -> dict[str, Any]:
+        return self._status.read(
+            sessions_open=len(self._intake.sessions), is_full=self._intake.is_full
+        )
+
+    def _is_idle_for_long(self) -> bool:
+        limit_s = self._config.exit_when_idle_s
+        if limit_s is None:
+            return False
+        delivering = self._delivery is not None and not self._delivery.is_idle()
+        if self._intake.sessions or delivering:
+            self._busy_s = time.monotonic()
+        return time.monotonic() - self._busy_s >= limit_s
+
+
+# ── the start ──
+
+
+def _lock_socket(config: Config) -> int:
+    """Two daemons at one socket would take it from each other."""
+    try:
+        private_dir(config.socket.parent)
+        lock = lock_file(config.socket.with_name(config.socket.name + ".lock"))
+    except (RelayError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
+    if lock is None:
+        raise CommandError(
+            f"another daemon serves {config.socket}: `mlflow-relay status` shows it; stop that "
+            "one first, or choose another --socket and --spool"
+        )
+    return lock
+
+
+def _open_spool(config: Config) -> Spool:
+    try:
+        return Spool(
+            Disk(),
+            config.spool,
+            segment_bytes_max=config.segment_bytes_max,
+            bytes_max=config.spool_bytes_max,
+            free_bytes_min=config.free_bytes_min,
+        )
+    except SpoolTaken:
+        raise CommandError(
+            f"another daemon writes to the spool {config.spool}: stop that one first, or choose "
+            "another --spool"
+        ) from None
+    except OSError as error:
+        raise CommandError(
+            f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
+            "another --spool"
+        ) from error
+
+
+def _open_sink(config: Config) -> Any:
+    from mlflow_relay_daemon.sinks.open import open_sink
+
+    try:
+        return open_sink(config.tracking_uri)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _notify_systemd(message: str) -> None:
+    """Speak sd_notify(3) if there is somebody to listen."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(message.encode(), address)
+    except OSError as error:
+        log.debug("systemd does not listen: %s", error)

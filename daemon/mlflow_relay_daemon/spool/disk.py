@@ -1,0 +1,94 @@
+"""All access of the spool to its disk: one small interface, so that tests can make it fail."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+
+class Disk:
+    """The real disk. Every method raises OSError as the kernel does."""
+
+    def create(self, path: Path) -> int:
+        """Return a descriptor of a new file, for appending."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+    def open(self, path: Path) -> int:
+        """Return a descriptor of an existing file, for appending."""
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Write all of it. A short write is ENOSPC here: the next one would say so."""
+        if os.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, "short write")
+
+    def sync(self, fd: int) -> None:
+        """Return when what was written to the file is on the disk."""
+        os.fdatasync(fd)
+
+    def sync_folder(self, path: Path) -> None:
+        """Return when the names in the folder are on the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def make_folder(self, path: Path) -> None:
+        """Make a folder that is there after a crash, too."""
+        path.mkdir(mode=0o700)
+        self.sync_folder(path.parent)
+
+    def replace(self, path: Path, data: bytes, *, durable: bool) -> None:
+        """Put a file in the place of another: readers, and crashes, find the old one or the new.
+
+        Args:
+            durable: return only when the new one is on the disk.
+        """
+        new = path.with_name(path.name + ".new")
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            self.write(fd, data)
+            if durable:
+                self.sync(fd)
+        finally:
+            os.close(fd)
+        os.rename(new, path)
+        if durable:
+            self.sync_folder(path.parent)
+
+    def free_bytes(self, path: Path) -> int:
+        """Return how much this user may still write there."""
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+
+
+def lock_file(path: Path) -> int | None:
+    """Lock the file for as long as this process lives; return its descriptor, None if it is taken.
+
+    A POSIX record lock: it works on NFS and Lustre, and the kernel drops it at death.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    if try_lock(fd):
+        return fd
+    os.close(fd)
+    return None
+
+
+def try_lock(fd: int) -> bool:
+    """Lock the open file; return False if another process holds it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True

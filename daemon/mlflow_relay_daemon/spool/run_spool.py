@@ -1,0 +1,320 @@
+"""One run's folder: intake appends frames at one end, its lane reads records at the other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mlflow_relay.errors import FormatError, VersionError
+from mlflow_relay.frames import Header
+from mlflow_relay_daemon.spool import card as cards
+from mlflow_relay_daemon.spool import segment, watermark
+from mlflow_relay_daemon.spool.card import Card
+from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.watermark import Watermark
+
+log = logging.getLogger(__name__)
+
+#: A segment that is delivered is given up for a new one beyond this size, to return its space.
+RETURN_BYTES_MIN = 1 << 20
+
+
+class Place(NamedTuple):
+    """Where in a run's segments; compares in reading order."""
+
+    segment: int
+    offset: int  #: 0: its first frame, wherever that is
+
+
+class RunSpool:
+    """The folder of one run. Safe for one appending thread (intake) and one reading (the lane).
+
+    Opening it recovers: whatever a crash left is read as far as it goes, and nothing is appended to
+    a file of an earlier life.
+
+    Raises: VersionError: a later release wrote here.
+    """
+
+    def __init__(self, disk: Disk, folder: Path, card: Card, *, segment_bytes_max: int) -> None:
+        self.folder, self.card = folder, card
+        self.lock = threading.RLock()  # guards the card and what follows
+        self._disk = disk
+        self._segment_bytes_max = segment_bytes_max
+        self._writer: segment.Writer | None = None
+        self._reading: tuple[int, int] | None = None  # the lane's: segment, descriptor
+        self._piece: tuple[Place, segment.Piece] | None = None  # the lane's
+        self._starts: dict[int, int] = {}
+        self._ends = {
+            number: segment.path_of(folder, number).stat().st_size
+            for number in segment.numbers_in(folder)
+        }
+        self.mark = self._read_mark()
+        self.accepted_records = self.mark.settled_records
+        self.sequences = Sequences(self.mark.sequences)
+        self._recover()
+
+    # ── intake ──
+
+    def append(self, arrivals: Sequence[tuple[Header, bytes]]) -> None:
+        """Append frames; they are on the disk when this returns.
+
+        Raises: OSError: no frame of these counts; the next call begins a new file.
+        Crash: before the fsync returns, any part of the frames may be found: they were not acked,
+            come again, and are known by their sequence numbers.
+        """
+        writer = self._writer
+        if writer is not None and (writer.broken or writer.synced >= self._segment_bytes_max):
+            self._close_writer()
+            writer = None
+        if writer is None:
+            writer = self._begin_segment()
+        data = b"".join([frame for _, frame in arrivals])
+        try:
+            writer.append(data)
+        finally:
+            with self.lock:
+                self._ends[writer.number] = writer.synced
+        with self.lock:
+            for header, _ in arrivals:
+                self._count(header)
+
+    def next_seq(self, session: bytes) -> int:
+        """Return the sequence number that is wanted next: all before it is on the disk."""
+        with self.lock:
+            return self.sequences.next_seq(session)
+
+    def skip_to(self, session: bytes, seq: int) -> None:
+        """The session has nothing before `seq` any more: do not wait for it."""
+        with self.lock:
+            self.sequences.give_up(session, seq)
+
+    def _begin_segment(self) -> segment.Writer:
+        number = max([self.mark.segment, *self._ends]) + 1
+        with self.lock:
+            card = cards.pack(self.card)
+        head = segment.Head(self.accepted_records, self.sequences.save(), card)
+        self._writer = segment.Writer(self._disk, self.folder, number, head)
+        with self.lock:
+            self._ends[number] = self._writer.synced
+            self._starts[number] = self._writer.start
+        return self._writer
+
+    def _close_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _count(self, header: Header) -> None:
+        self.accepted_records += header.records
+        self.sequences.add(header.session, header.first_seq, header.next_seq)
+
+    def return_space(self) -> None:
+        """If all is delivered, begin a new segment, so that the lane can remove the old one.
+
+        Raises: OSError: no space for the head of a new one.
+        """
+        writer = self._writer
+        if writer and writer.synced - writer.start >= RETURN_BYTES_MIN and self.is_drained():
+            self._close_writer()
+            self._begin_segment()
+
+    def save_card(self) -> None:
+        """Put the card on the disk. Raises: OSError."""
+        with self.lock:
+            cards.write(self._disk, self.folder, self.card)
+
+    # ── the lane ──
+
+    def pieces(self) -> Iterator[tuple[Place, segment.Piece, Place]]:
+        """Yield (where it stands, what stands there, what is behind it) from the watermark on."""
+        place = Place(self.mark.segment, self.mark.offset)
+        while (found := self._locate(place)) is not None:
+            number, start, end = found
+            fd = self._descriptor(number)
+            start = start or self._start_of(number)
+            if start >= end:
+                place = Place(number, start)
+                if self._next_number(number) is None:
+                    return
+                place = Place(number + 1, 0)
+                continue
+            here = Place(number, start)
+            if self._piece is None or self._piece[0] != here:  # a large frame fills many batches
+                self._piece = here, segment.read_piece(fd, start, end)
+            piece = self._piece[1]
+            place = Place(number, piece.end)
+            yield here, piece, place
+
+    def settle(self, mark: Watermark) -> None:
+        """All before the mark is done with: remember it, and remove the segments before it.
+
+        Crash: safe at any line: an old watermark costs a resend; a removed segment is followed by
+            one whose head says what was accepted before it.
+        """
+        with self.lock:
+            if self._next_number(mark.segment) is None and mark.offset >= self._ends.get(
+                mark.segment, 0
+            ):
+                mark.settled_records = self.accepted_records  # damage is settled, too
+            self.mark = mark
+            delivered = [number for number in self._ends if number < mark.segment]
+        try:
+            watermark.write(self._disk, self.folder, mark)
+        except OSError as error:
+            log.warning("run %s: watermark not written: %s", self.card.run_id, error.strerror)
+        self._remove(delivered)
+
+    def is_drained(self) -> bool:
+        """Return whether the watermark stands behind the last frame."""
+        with self.lock:
+            return self.waiting_bytes() == 0
+
+    def remove_delivered(self) -> None:
+        """The run has ended and all is delivered: remove its segments; card and letters stay."""
+        with self.lock:
+            if not self.is_drained():
+                return
+            self._close_writer()
+            numbers = list(self._ends)
+            if numbers:
+                self.settle(Watermark(**{**vars(self.mark), "segment": max(numbers), "offset": 1}))
+            self._remove(numbers)
+
+    # ── both ──
+
+    def waiting_bytes(self) -> int:
+        """Return the bytes of frames behind the watermark."""
+        with self.lock:
+            total = 0
+            for number, end in self._ends.items():
+                if number < self.mark.segment:
+                    continue
+                here = number == self.mark.segment and self.mark.offset
+                start = self.mark.offset if here else self._start_of(number)
+                total += max(0, end - start)
+            return total
+
+    def waiting_records(self) -> int:
+        """Return how many records are behind the watermark."""
+        return max(0, self.accepted_records - self.mark.settled_records)
+
+    def oldest_waiting_ms(self) -> int | None:
+        """Return about when the oldest waiting record was spooled; None if none waits."""
+        with self.lock:
+            if self.is_drained():
+                return None
+            number = min((each for each in self._ends if each >= self.mark.segment), default=0)
+        try:
+            found = os.stat(segment.path_of(self.folder, number))
+        except FileNotFoundError:
+            return None  # delivered just now
+        begun_ms = int(found.st_ctime * 1000) if found.st_size else 0
+        return max(begun_ms, self.mark.last_record_ms)
+
+    def segment_bytes(self) -> int:
+        """Return what the segments take on the disk."""
+        with self.lock:
+            return sum(self._ends.values())
+
+    def close(self) -> None:
+        """Close files; the folder stays as it is."""
+        self._close_writer()
+        self._forget_descriptor()
+
+    # ── recovery ──
+
+    def _read_mark(self) -> Watermark:
+        try:
+            mark = watermark.read(self.folder) or Watermark()
+        except FormatError as error:
+            log.warning("run %s: %s: what is there is sent again", self.card.run_id, error)
+            mark = Watermark()
+        oldest = min(self._ends, default=mark.segment)
+        if mark.segment >= oldest:
+            return mark
+        fd = self._descriptor(oldest)
+        try:
+            head, _ = segment.read_head(fd)
+        except VersionError:
+            raise
+        except FormatError:
+            return Watermark(**{**vars(mark), "segment": oldest, "offset": 0, "skip": 0})
+        fresh = Watermark(segment=oldest, sequences=head.sequences)
+        fresh.settled_records = head.accepted_records
+        fresh.delivered_records = max(mark.delivered_records, head.accepted_records)
+        fresh.delivered_points = mark.delivered_points
+        return fresh
+
+    def _recover(self) -> None:
+        """Find out what was accepted: from the head of the newest segment and the frames in it."""
+        numbers = sorted(self._ends)
+        unread: list[int] = []
+        for number in reversed(numbers):
+            unread.insert(0, number)
+            try:
+                head, _ = segment.read_head(self._descriptor(number))
+            except VersionError:
+                raise
+            except FormatError:
+                continue  # its frames are read, and the head before it is asked
+            self.accepted_records = head.accepted_records
+            self.sequences = Sequences(head.sequences)
+            break
+        for number in unread:
+            fd, end = self._descriptor(number), self._ends[number]
+            for piece in segment.iter_pieces(fd, self._start_of(number), end):
+                if piece.header is not None:
+                    self._count(piece.header)
+        self.accepted_records = max(self.accepted_records, self.mark.settled_records)
+
+    # ── files ──
+
+    def _locate(self, place: Place) -> tuple[int, int, int] | None:
+        """Return (segment, start, end) to read next; None if the place is the end."""
+        with self.lock:
+            if place.segment in self._ends and (
+                place.offset < self._ends[place.segment]
+                or self._next_number(place.segment) is not None
+            ):
+                return (*place, self._ends[place.segment])
+            following = self._next_number(place.segment)
+            return None if following is None else (following, 0, self._ends[following])
+
+    def _next_number(self, number: int) -> int | None:
+        return min((each for each in self._ends if each > number), default=None)
+
+    def _start_of(self, number: int) -> int:
+        """Return where the first frame of a segment begins; asked by any thread."""
+        if number not in self._starts:
+            fd = os.open(segment.path_of(self.folder, number), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._starts[number] = segment.first_frame(fd, self._ends[number])
+            finally:
+                os.close(fd)
+        return self._starts[number]
+
+    def _descriptor(self, number: int) -> int:
+        if self._reading is None or self._reading[0] != number:
+            self._forget_descriptor()
+            path = segment.path_of(self.folder, number)
+            self._reading = number, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._reading[1]
+
+    def _forget_descriptor(self) -> None:
+        if self._reading is not None:
+            os.close(self._reading[1])
+            self._reading = None
+
+    def _remove(self, numbers: list[int]) -> None:
+        for number in numbers:
+            with self.lock:
+                if self._reading is not None and self._reading[0] == number:
+                    self._forget_descriptor()
+                self._disk.unlink(segment.path_of(self.folder, number))
+                self._ends.pop(number, None)
+                self._starts.pop(number, None)

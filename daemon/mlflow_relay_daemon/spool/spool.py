@@ -1,0 +1,163 @@
+"""The daemon's directory: one folder per run, one daemon at a time.
+
+<spool>/lock                   held while a daemon lives
+<spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
+<spool>/quarantine/            what could not be read; nothing in it is ever needed again
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from mlflow_relay.errors import FormatError, VersionError
+from mlflow_relay_daemon.spool import card as cards
+from mlflow_relay_daemon.spool import segment
+from mlflow_relay_daemon.spool.card import Card
+from mlflow_relay_daemon.spool.disk import Disk, lock_file
+from mlflow_relay_daemon.spool.run_spool import RunSpool
+
+log = logging.getLogger(__name__)
+
+RUNS, QUARANTINE, LOCK = "runs", "quarantine", "lock"
+#: How often the free space is asked for; between two questions at most a few groups are written.
+FREE_SPACE_EVERY_S = 0.2
+
+
+class SpoolTaken(Exception):
+    """Another daemon holds this spool."""
+
+
+class Spool:
+    """All runs of one daemon.
+
+    Args:
+        folder: made if it is not there, for this user alone.
+        segment_bytes_max: size at which a run's segment is followed by another.
+        bytes_max: quota of all segments, None: none.
+        free_bytes_min: free space that is left to others.
+
+    Raises: SpoolTaken; OSError: the folder cannot be made or written.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: Path,
+        *,
+        segment_bytes_max: int,
+        bytes_max: int | None = None,
+        free_bytes_min: int = 0,
+    ) -> None:
+        self.disk, self.folder = disk, folder
+        self.bytes_max, self.free_bytes_min = bytes_max, free_bytes_min
+        self.runs: dict[str, RunSpool] = {}
+        self._segment_bytes_max = segment_bytes_max
+        self._free_bytes, self._free_asked_s = 0, float("-inf")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = lock_file(folder / LOCK)
+        if lock is None:
+            raise SpoolTaken(str(folder))
+        self._lock = lock
+        for name in (RUNS, QUARANTINE):
+            if not (folder / name).exists():
+                disk.make_folder(folder / name)
+        self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
+        for path in sorted((folder / RUNS).iterdir()):
+            self._open_found(path)
+
+    def open_run(self, card: Card) -> RunSpool:
+        """Return the run of this card; a new folder is on the disk when this returns.
+
+        Raises: OSError.
+        """
+        run = self.runs.get(card.run_id)
+        if run is None:
+            self.check_space(0)
+            folder = self.folder / RUNS / card.run_id
+            if not folder.exists():
+                self.disk.make_folder(folder)
+            run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
+            run.save_card()
+            self.runs[card.run_id] = run
+        return run
+
+    def check_space(self, size: int) -> None:
+        """Raises: OSError (ENOSPC, EDQUOT): no room for so many bytes, by our own limits."""
+        if self.bytes_max is not None and self.segment_bytes() + size > self.bytes_max:
+            raise OSError(errno.EDQUOT, f"the quota of {self.bytes_max} bytes is reached")
+        if self.free_bytes() - size < self.free_bytes_min:
+            raise OSError(errno.ENOSPC, f"under {self.free_bytes_min} bytes are free")
+
+    def segment_bytes(self) -> int:
+        """Return what the segments of all runs take."""
+        return sum(run.segment_bytes() for run in list(self.runs.values()))
+
+    def free_bytes(self) -> int:
+        """Return the free space of the spool's disk, a moment old at most."""
+        now_s = time.monotonic()
+        if now_s - self._free_asked_s > FREE_SPACE_EVERY_S:
+            self._free_bytes, self._free_asked_s = self.disk.free_bytes(self.folder), now_s
+        return self._free_bytes
+
+    def quarantine(self, path: Path, why: object) -> None:
+        """Put aside what cannot be read, so that it stops nobody and can be looked at."""
+        target = self.folder / QUARANTINE / f"{time.time_ns()}-{path.name}"
+        log.error("%s cannot be read (%s): put aside as %s", path.name, why, target)
+        self.quarantined += 1
+        try:
+            shutil.move(path, target)
+        except OSError as error:
+            log.error("%s cannot be put aside: %s", path.name, error.strerror)
+
+    def close(self) -> None:
+        for run in self.runs.values():
+            run.close()
+        os.close(self._lock)
+
+    # ── what is found at the start ──
+
+    def _open_found(self, folder: Path) -> None:
+        """Open a run that an earlier life left; nothing in it may stop the daemon."""
+        try:
+            card = self._card_of(folder)
+            run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
+        except VersionError as error:
+            log.error("run %s is left alone: %s", folder.name, error)
+        except (FormatError, ValueError) as error:
+            self.quarantine(folder, error)
+        except OSError as error:
+            log.error("run %s cannot be read and is left alone: %s", folder.name, error)
+        else:
+            self.runs[card.run_id] = run
+
+    def _card_of(self, folder: Path) -> Card:
+        try:
+            return cards.read(folder)
+        except VersionError:
+            raise
+        except (FormatError, FileNotFoundError) as error:
+            card = _card_in_segments(folder)
+            if card is None:
+                raise FormatError(str(error)) from error
+            if (folder / cards.NAME).exists():
+                self.quarantine(folder / cards.NAME, error)
+            cards.write(self.disk, folder, card)
+            return card
+
+
+def _card_in_segments(folder: Path) -> Card | None:
+    """Return the card as it was when the newest readable segment was begun."""
+    for number in reversed(segment.numbers_in(folder)):
+        fd = os.open(segment.path_of(folder, number), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return cards.unpack(segment.read_head(fd)[0].card)
+        except FormatError:
+            continue
+        finally:
+            os.close(fd)
+    return None

@@ -1,0 +1,23 @@
+"""Fixtures that tests of all folders may use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support import MlflowServer, TcpProxy
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    """One real MLflow server for the whole session; tests that kill it start one of their own."""
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as server:
+        yield server
+
+
+@pytest.fixture
+def mlflow_proxy(mlflow_server: MlflowServer) -> Iterator[TcpProxy]:
+    """A proxy in front of the session's server, healthy until told otherwise."""
+    with TcpProxy(mlflow_server.uri) as proxy:
+        yield proxy
