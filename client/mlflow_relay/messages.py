@@ -1,7 +1,8 @@
 """Messages between client and daemon: kinds, and bytes ⇄ values. Pure. See PROTOCOL.md, Messages.
 
 Every message is two ZeroMQ parts: one byte that names the kind, and a payload. Payloads are
-msgpack maps but for DATA (a frame) and ACK (24 bytes), which travel thousands of times a second.
+msgpack maps, but for those of fixed form: DATA is a frame, others a session, or a session and a
+number.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ PROTOCOL_VERSION = 1
 ATTACH = b"A"  #: this session lives (map: see run.session_card)
 DATA = b"D"  #: one frame
 ALIVE = b"H"  #: session (16 bytes): nothing to send, still here
-DETACH = b"X"  #: session (16 bytes): all is acked, the session is over
+DETACH = b"X"  #: session, lost log calls: all is acked, the session is over
 CONTROL = b"C"  #: operator's request (map: v, command, ...)
 # daemon → client
 ATTACHED = b"a"  #: map: session, next_seq, mlflow_run_id
@@ -33,20 +34,29 @@ REPLY = b"r"  #: answer to CONTROL (map: v, ok, ...)
 
 SESSION_BYTES = 16
 MESSAGE_BYTES_MAX = 8 << 20  #: ZMQ_MAXMSGSIZE on both sides: more than any frame
-_ACK = struct.Struct("<16sQ")
+_SESSION_AND_NUMBER = struct.Struct("<16sQ")
 
 
 def pack_ack(session: bytes, next_seq: int) -> bytes:
     """Return the payload of an ACK."""
-    return _ACK.pack(session, next_seq)
+    return _SESSION_AND_NUMBER.pack(session, next_seq)
+
+
+def pack_detach(session: bytes, lost: int) -> bytes:
+    """Return the payload of a DETACH. Args: lost: log calls that found the journal full."""
+    return _SESSION_AND_NUMBER.pack(session, lost)
 
 
 def unpack_ack(payload: bytes) -> tuple[bytes, int]:
     """Return (session, next sequence number). Raises: FormatError: not 24 bytes."""
-    if len(payload) != _ACK.size:
-        raise FormatError(f"ack of {len(payload)} bytes")
-    session, next_seq = _ACK.unpack(payload)
-    return session, next_seq
+    if len(payload) != _SESSION_AND_NUMBER.size:
+        raise FormatError(f"{len(payload)} bytes for a session and a number")
+    session, number = _SESSION_AND_NUMBER.unpack(payload)
+    return session, number
+
+
+#: Of a DETACH: (session, lost log calls).
+unpack_detach = unpack_ack
 
 
 def pack_map(fields: dict[str, Any]) -> bytes:

@@ -132,7 +132,8 @@ class Sender(threading.Thread):
         self._send_frames(socket, now_s)
         if self._ending and not self.journal.unacked and now_s >= self._attach_at:
             self._attach_at = now_s + ATTACH_RETRY_S  # a lost answer is asked for again
-            self._try_send(socket, messages.DETACH, self.journal.session)
+            detach = messages.pack_detach(self.journal.session, self.journal.lost)
+            self._try_send(socket, messages.DETACH, detach)
         elif now_s >= self._alive_at:
             self._alive_at = now_s + ALIVE_EVERY_S
             self._try_send(socket, messages.ALIVE, self.journal.session)

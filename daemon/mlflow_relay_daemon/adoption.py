@@ -88,7 +88,7 @@ class Watcher:
             for name, card in list(hosted.run.card.sessions.items()):
                 session = bytes.fromhex(name)
                 if not card.closed and session not in journals:
-                    self._runs.close_session(hosted, session)
+                    self._runs.close_session(hosted, session, lost=0)
 
     def in_journals(self, hosted: Hosted) -> int:
         """Return how many records the run's ranks have accepted that are not in the spool yet."""
@@ -146,7 +146,7 @@ class Watcher:
             return True
         log.warning("session %s: no journal, and not heard of: it is over", session.hex())
         try:
-            self._runs.close_session(hosted, session)
+            self._runs.close_session(hosted, session, lost=0)
         except OSError:
             return False  # next time
         return True
@@ -177,12 +177,11 @@ class Watcher:
         else:
             if hosted is None:
                 hosted = self._runs.attach(attachment)
-            with hosted.run.lock:
-                hosted.run.card.lost_records += base.lost
+            self._watched[session].lost = base.lost
         if not hosted.run.card.sessions[session.hex()].closed:
             for each in entries:
                 self._take_entries(hosted, session, each)
-            self._runs.close_session(hosted, session)
+            self._runs.close_session(hosted, session, self._watched[session].lost)
         for each in entries:
             each.unlink(missing_ok=True)
         path.unlink(missing_ok=True)

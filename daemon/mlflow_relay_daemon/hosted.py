@@ -71,13 +71,16 @@ class Runs:
         self.notify(hosted)
         return hosted
 
-    def close_session(self, hosted: Hosted, session: bytes) -> None:
-        """The session is over, all that it had is in the spool. Raises: OSError: not written."""
+    def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
+        """The session is over, all that it had is in the spool.
+
+        Args: lost: log calls that found its journal full. Raises: OSError: not written.
+        """
         run = hosted.run
         with run.lock:
             card = run.card.sessions.get(session.hex())
             if card is not None and not card.closed:
-                card.closed = True
+                card.closed, card.lost = True, lost
                 try:
                     run.save_card()
                 except OSError:

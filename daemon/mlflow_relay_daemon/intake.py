@@ -39,7 +39,6 @@ class LiveSession:
     peer: bytes  #: its ZeroMQ routing id; a session is who attached it last
     hosted: Hosted
     heard_s: float
-    told_mlflow_run_id: bool = False
 
 
 class Intake:
@@ -61,6 +60,7 @@ class Intake:
         self._runs, self._control, self._counters = runs, control, counters
         self._group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
+        self._untold: set[bytes] = set()  # sessions that do not know their MLflow run id yet
         self.is_full = False
         self._full_until_s = 0.0
         self._answers: deque[tuple[bytes, bytes]] = deque()
@@ -97,6 +97,11 @@ class Intake:
             peer, payload = self._answers.popleft()
             self._send(peer, messages.REPLY, payload)
         self._tell_news()
+
+    def forget(self, session: bytes) -> None:
+        """The session is over."""
+        self.sessions.pop(session, None)
+        self._untold.discard(session)
 
     def close(self) -> None:
         self._context.destroy(linger=200)
@@ -198,14 +203,12 @@ class Intake:
     def _answer(self, peer: bytes, kind: bytes, payload: bytes) -> None:
         if kind == messages.ATTACH:
             self._attach(peer, payload)
-        elif kind in (messages.DETACH, messages.ALIVE):
+        elif kind == messages.DETACH:
+            self._detach(peer, *messages.unpack_detach(payload))
+        elif kind == messages.ALIVE:
             session = self.sessions.get(payload)
-            if session is None and kind == messages.DETACH and self._is_closed(payload):
-                self._send(peer, messages.DETACHED, payload)  # its answer was lost
-            elif session is None or session.peer != peer:
+            if session is None or session.peer != peer:
                 self._send(peer, messages.UNKNOWN, payload)
-            elif kind == messages.DETACH:
-                self._detach(peer, payload)
             else:
                 session.heard_s = time.monotonic()
         elif kind == messages.CONTROL:
@@ -227,7 +230,8 @@ class Intake:
             return  # it asks again
         self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
         mlflow_run_id = hosted.run.card.mlflow_run_id
-        self.sessions[name].told_mlflow_run_id = mlflow_run_id is not None
+        if mlflow_run_id is None:
+            self._untold.add(name)
         fields = {
             "session": name,
             "next_seq": hosted.run.next_seq(name),
@@ -235,13 +239,20 @@ class Intake:
         }
         self._send(peer, messages.ATTACHED, messages.pack_map(fields))
 
-    def _detach(self, peer: bytes, name: bytes) -> None:
+    def _detach(self, peer: bytes, name: bytes, lost: int) -> None:
+        session = self.sessions.get(name)
+        if session is None and self._is_closed(name):
+            self._send(peer, messages.DETACHED, name)  # the answer was lost
+            return
+        if session is None or session.peer != peer:
+            self._send(peer, messages.UNKNOWN, name)
+            return
         try:
-            self._runs.close_session(self.sessions[name].hosted, name)
+            self._runs.close_session(session.hosted, name, lost)
         except OSError as error:
             self._counters.count("fsync_failures", f"no session closed: {error.strerror}")
             return  # it asks again
-        del self.sessions[name]
+        self.forget(name)
         self._send(peer, messages.DETACHED, name)
 
     def _is_closed(self, session: bytes) -> bool:
@@ -250,13 +261,13 @@ class Intake:
 
     def _tell_news(self) -> None:
         """Tell ranks the MLflow run id as soon as there is one."""
-        for name, session in self.sessions.items():
-            if not session.told_mlflow_run_id:
-                mlflow_run_id = session.hosted.run.card.mlflow_run_id
-                if mlflow_run_id is not None:
-                    session.told_mlflow_run_id = True
-                    fields = {"session": name, "mlflow_run_id": mlflow_run_id}
-                    self._send(session.peer, messages.NEWS, messages.pack_map(fields))
+        for name in list(self._untold):
+            session = self.sessions[name]
+            mlflow_run_id = session.hosted.run.card.mlflow_run_id
+            if mlflow_run_id is not None:
+                self._untold.discard(name)
+                fields = {"session": name, "mlflow_run_id": mlflow_run_id}
+                self._send(session.peer, messages.NEWS, messages.pack_map(fields))
 
     def _send(self, peer: bytes, kind: bytes, payload: bytes) -> None:
         try:

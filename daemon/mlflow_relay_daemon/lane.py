@@ -254,9 +254,9 @@ class Lane:
         mark.delivered_records += batch.records
         mark.delivered_points += len(batch.metrics)
         mark.last_record_ms = max(mark.last_record_ms, batch.last_record_ms)
-        if batch.ends or batch.damaged:
+        mark.damaged_records += batch.damaged
+        if batch.ends:
             with self.run.lock:
-                self.run.card.damaged_records += batch.damaged
                 for session, end in batch.ends:
                     known = self.run.card.sessions.get(session.hex())
                     if known is not None:
@@ -298,15 +298,14 @@ class Lane:
                 card.state = next_state(card.state, RunEvent.STATUS_DELIVERED)
                 self.run.save_card()
             log.info("run %s ended %s %s", card.run_id, end.status, end.reason)
-        self.run.remove_delivered()
 
     def _end_tags(self, reason: str) -> list[Tag]:
         card = self.run.card
         tags = [(END_REASON_TAG, reason)] if reason or card.end_reason else []
         if card.lost_records:
             tags.append((LOST_TAG, str(card.lost_records)))
-        if card.damaged_records:
-            tags.append((DAMAGED_TAG, str(card.damaged_records)))
+        if self.run.mark.damaged_records:
+            tags.append((DAMAGED_TAG, str(self.run.mark.damaged_records)))
         return tags
 
     def _count_missing(self) -> None:
@@ -319,9 +318,7 @@ class Lane:
             missing += seen.give_up(bytes.fromhex(name), self.run.next_seq(bytes.fromhex(name)))
         if missing:
             mark.sequences = seen.save()
-            with self.run.lock:
-                self.run.card.damaged_records += missing
-                self.run.save_card()
+            mark.damaged_records += missing
             self.run.settle(mark)
 
     def _remove_extras(self) -> None:

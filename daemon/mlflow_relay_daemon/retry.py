@@ -163,7 +163,8 @@ class Breaker:
                     self._changed.wait(wait_s)
             finally:
                 self._queue.remove(lane)
-                self._changed.notify_all()  # the next in the queue may be first now
+                # Even one that leaves by an exception must not leave the next one asleep.
+                self._changed.notify_all()
             if self._stopped:
                 raise Stopped
 

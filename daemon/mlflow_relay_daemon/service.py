@@ -112,6 +112,7 @@ class Service:
             while time.monotonic() < until_s and not self._delivery.is_idle():
                 self._turn(0.05)
             self._delivery.stop()
+        self._runs.return_space()
         left = sum(each.run.waiting_records() for each in self._runs.by_id.values())
         if left:
             log.warning(
@@ -148,7 +149,7 @@ class Service:
         self._looked_s = now_s = time.monotonic()
         heard_s = {name: each.heard_s for name, each in self._intake.sessions.items()}
         for session in self._watcher.look(heard_s, now_s):
-            self._intake.sessions.pop(session, None)
+            self._intake.forget(session)
 
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(

@@ -55,7 +55,7 @@ class StatusReader:
                 "fsync_failures": self._counters.fsync_failures,
                 "quarantined_files": spool.quarantined,
                 "damaged_records": sum(
-                    hosted.run.card.damaged_records for hosted in self._runs.by_id.values()
+                    hosted.run.mark.damaged_records for hosted in self._runs.by_id.values()
                 ),
                 "resent_frames": self._counters.resent_frames,
             },
@@ -119,7 +119,7 @@ def run_status(run: RunSpool, dead_letters: int) -> dict[str, Any]:
             "oldest_waiting_ms": run.oldest_waiting_ms(),
             "dead_letters": dead_letters,
             "lost_records": card.lost_records,
-            "damaged_records": card.damaged_records,
+            "damaged_records": mark.damaged_records,
             "last_error": None,
             "start_ms": card.start_ms,
             "end_ms": card.end_ms,

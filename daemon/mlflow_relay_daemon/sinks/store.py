@@ -156,8 +156,10 @@ class StoreSink:
                 raise
 
     def run_url(self, experiment_id: str, run_id: str) -> str:
-        """Return "": a store has no pages."""
-        return ""
+        """Return the address of the run's page; "" for a database, which has none."""
+        if not self.uri.startswith(("http://", "https://")):
+            return ""
+        return f"{self.uri.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
 
     def close(self) -> None:
         """Close the database connections; the next call opens new ones."""

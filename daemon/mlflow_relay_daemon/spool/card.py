@@ -29,6 +29,7 @@ class SessionCard:
     end_status: str | None = None  #: the rank's own word; None: it never gave one
     end_ms: int | None = None
     end_reason: str = ""
+    lost: int = 0  #: log calls that found its journal full
 
 
 @dataclass
@@ -49,9 +50,17 @@ class Card:
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
-    lost_records: int = 0  #: log calls that found a full journal
-    damaged_records: int = 0  #: acknowledged, but not to be read any more
     sessions: dict[str, SessionCard] = field(default_factory=dict)  #: by hex digits
+
+    @property
+    def is_over(self) -> bool:
+        """All ranks are gone, and MLflow knows the end."""
+        return self.state is RunState.ENDED and all(each.closed for each in self.sessions.values())
+
+    @property
+    def lost_records(self) -> int:
+        """Log calls that found a full journal, as far as is known."""
+        return sum(session.lost for session in self.sessions.values())
 
 
 def pack(card: Card) -> bytes:

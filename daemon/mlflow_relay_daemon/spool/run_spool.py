@@ -114,14 +114,30 @@ class RunSpool:
         self.sequences.add(header.session, header.first_seq, header.next_seq)
 
     def return_space(self) -> None:
-        """If all is delivered, begin a new segment, so that the lane can remove the old one.
+        """If all is delivered, let go of the segments: of all if the run has ended, else of those
+        before a new one.
 
         Raises: OSError: no space for the head of a new one.
+        Crash: safe at any line: nothing in these segments is wanted any more.
         """
-        writer = self._writer
-        if writer and writer.synced - writer.start >= RETURN_BYTES_MIN and self.is_drained():
-            self._close_writer()
-            self._begin_segment()
+        with self.lock:
+            if not self._ends or not self.is_drained():
+                return
+            newest = max(self._ends)
+            mark = Watermark(**vars(self.mark))
+            mark.segment, mark.offset, mark.skip = newest, self._ends[newest], 0
+            if self.card.is_over:
+                self._close_writer()
+            elif self._ends[newest] - self._start_of(newest) >= RETURN_BYTES_MIN:
+                self._close_writer()
+                writer = self._begin_segment()
+                mark.segment, mark.offset = writer.number, writer.start
+            else:
+                return
+            self.mark = mark
+            self._write_mark()
+            kept = () if self.card.is_over else (mark.segment,)
+            self._remove([number for number in self._ends if number not in kept])
 
     def save_card(self) -> None:
         """Put the card on the disk. Raises: OSError."""
@@ -135,20 +151,17 @@ class RunSpool:
         place = Place(self.mark.segment, self.mark.offset)
         while (found := self._locate(place)) is not None:
             number, start, end = found
-            fd = self._descriptor(number)
-            start = start or self._start_of(number)
             if start >= end:
-                place = Place(number, start)
-                if self._next_number(number) is None:
-                    return
                 place = Place(number + 1, 0)
                 continue
+            fd = self._descriptor(number)
             here = Place(number, start)
             if self._piece is None or self._piece[0] != here:  # a large frame fills many batches
                 self._piece = here, segment.read_piece(fd, start, end)
             piece = self._piece[1]
             place = Place(number, piece.end)
             yield here, piece, place
+        self._forget_descriptor()  # an open file takes space also when it is removed
 
     def settle(self, mark: Watermark) -> None:
         """All before the mark is done with: remember it, and remove the segments before it.
@@ -162,28 +175,13 @@ class RunSpool:
             ):
                 mark.settled_records = self.accepted_records  # damage is settled, too
             self.mark = mark
-            delivered = [number for number in self._ends if number < mark.segment]
-        try:
-            watermark.write(self._disk, self.folder, mark)
-        except OSError as error:
-            log.warning("run %s: watermark not written: %s", self.card.run_id, error.strerror)
-        self._remove(delivered)
+            self._write_mark()
+            self._remove([number for number in self._ends if number < mark.segment])
 
     def is_drained(self) -> bool:
         """Return whether the watermark stands behind the last frame."""
         with self.lock:
             return self.waiting_bytes() == 0
-
-    def remove_delivered(self) -> None:
-        """The run has ended and all is delivered: remove its segments; card and letters stay."""
-        with self.lock:
-            if not self.is_drained():
-                return
-            self._close_writer()
-            numbers = list(self._ends)
-            if numbers:
-                self.settle(Watermark(**{**vars(self.mark), "segment": max(numbers), "offset": 1}))
-            self._remove(numbers)
 
     # ── both ──
 
@@ -275,15 +273,13 @@ class RunSpool:
     # ── files ──
 
     def _locate(self, place: Place) -> tuple[int, int, int] | None:
-        """Return (segment, start, end) to read next; None if the place is the end."""
+        """Return (segment, start, end) to read from there on; None: no segment is left."""
         with self.lock:
-            if place.segment in self._ends and (
-                place.offset < self._ends[place.segment]
-                or self._next_number(place.segment) is not None
-            ):
-                return (*place, self._ends[place.segment])
-            following = self._next_number(place.segment)
-            return None if following is None else (following, 0, self._ends[following])
+            number = min((each for each in self._ends if each >= place.segment), default=None)
+            if number is None:
+                return None
+            start = place.offset if number == place.segment else 0
+            return number, start or self._start_of(number), self._ends[number]
 
     def _next_number(self, number: int) -> int | None:
         return min((each for each in self._ends if each > number), default=None)
@@ -310,11 +306,14 @@ class RunSpool:
             os.close(self._reading[1])
             self._reading = None
 
+    def _write_mark(self) -> None:
+        try:
+            watermark.write(self._disk, self.folder, self.mark)
+        except OSError as error:  # it costs a resend, if anything
+            log.warning("run %s: watermark not written: %s", self.card.run_id, error.strerror)
+
     def _remove(self, numbers: list[int]) -> None:
         for number in numbers:
-            with self.lock:
-                if self._reading is not None and self._reading[0] == number:
-                    self._forget_descriptor()
-                self._disk.unlink(segment.path_of(self.folder, number))
-                self._ends.pop(number, None)
-                self._starts.pop(number, None)
+            self._disk.unlink(segment.path_of(self.folder, number))
+            del self._ends[number]
+            self._starts.pop(number, None)

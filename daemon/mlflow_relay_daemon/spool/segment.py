@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -173,10 +174,9 @@ class Writer:
         except OSError:
             # A second fdatasync would return 0 and lie: what follows goes into another file.
             self.broken = True
-            try:
+            with suppress(OSError):
                 self._disk.truncate(self._fd, self.synced)
-            finally:
-                raise
+            raise
         self.synced += len(data)
 
     def close(self) -> None:

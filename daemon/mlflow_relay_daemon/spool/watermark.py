@@ -30,6 +30,7 @@ class Watermark:
     settled_records: int = 0  #: delivered, dead, or seen before
     delivered_records: int = 0
     delivered_points: int = 0
+    damaged_records: int = 0  #: acknowledged, but not to be read any more
     last_record_ms: int = 0  #: time of the newest record up to here
     sequences: dict[bytes, Any] = field(default_factory=dict)  #: as `Sequences.save` gives them
 
