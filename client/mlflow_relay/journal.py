@@ -197,13 +197,14 @@ class Journal:
 
     # ── the sender ──
 
-    def prepare(self) -> None:
-        """Have the next file ready before it is needed.
+    def prepare(self) -> bool:
+        """Have the next file ready before it is needed; return whether it is.
 
         Without the lock: no log call waits while the kernel allocates. Nobody else sets a spare.
         """
         if self._spare is None:
             self._spare = self._try_make_file()
+        return self._spare is not None
 
     def next_frame(self) -> SentFrame | None:
         """Return the oldest records that were not sent, as a frame; None if there are none."""

@@ -93,6 +93,8 @@ def salvage_entries(data: bytes, session: bytes, from_seq: int) -> Salvage:
     if len(data) < ENTRIES_AT:
         raise FormatError(f"entries file of {len(data)} bytes")
     magic, version, owner, first_seq = _ENTRIES_HEAD.unpack_from(data)
+    if not any(data[:ENTRIES_AT]):
+        return Salvage([], from_seq, 0)  # the spare: nothing was ever put into it
     _check_magic(magic, version, _ENTRIES_MAGIC)
     if owner != session:
         raise FormatError("entries of another session")

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import time_ns
@@ -134,6 +135,7 @@ class Run:
         self._socket = socket
         self._journal_bytes_max = journal_bytes_max
         self._end_timeout_s = end_timeout_s
+        self._autostart = autostart
         self._silent = rank_metrics == "zero" and who.rank > 0
         prefix = f"rank_{who.rank}/" if rank_metrics == "prefix" and who.rank > 0 else ""
         self._packer = records.MetricsPacker(prefix)
@@ -154,8 +156,6 @@ class Run:
         self._session: Session | None = self._open_session()
         self._ended = False
         _runs.add(self)
-        if autostart and not socket.exists():
-            start_daemon(socket)
 
     # ── logging ──
 
@@ -276,6 +276,7 @@ class Run:
             socket=self._socket,
             journal_bytes_max=self._journal_bytes_max,
             on_mlflow_run_id=self._set_mlflow_run_id,
+            on_no_daemon=partial(start_daemon, self._socket) if self._autostart else None,
         )
 
     def _set_mlflow_run_id(self, mlflow_run_id: str) -> None:

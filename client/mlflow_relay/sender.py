@@ -32,6 +32,9 @@ TICK_MS = 20
 ATTACH_RETRY_S = 0.25
 ATTACH_REFUSED_RETRY_S = 10.0
 ACK_TIMEOUT_S = 2.0
+NO_DAEMON_AFTER_S = 0.2
+#: Pause after the file system had no space for another file of the journal.
+PREPARE_RETRY_S = 1.0
 ALIVE_EVERY_S = 5.0
 LOSS_REPORT_EVERY_S = 60.0
 #: Frames on their way to the daemon, in bytes: enough to keep it busy during one fsync.
@@ -52,6 +55,7 @@ class Sender(threading.Thread):
         socket: the daemon's.
         card: the session's card, as a map.
         on_mlflow_run_id: called from this thread when the id is told.
+        on_no_daemon: called from this thread, once, if no daemon answers for a while.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Sender(threading.Thread):
         socket: Path,
         card: dict[str, Any],
         on_mlflow_run_id: Callable[[str], None],
+        on_no_daemon: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(name="mlflow-relay sender", daemon=True)
         self.journal = journal
@@ -68,9 +73,11 @@ class Sender(threading.Thread):
         self._endpoint = f"ipc://{socket}"
         self._card = card
         self._on_mlflow_run_id = on_mlflow_run_id
+        self._on_no_daemon = on_no_daemon
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ending = False
         self._attach_at = self._ack_due = self._alive_at = self._loss_report_at = 0.0
+        self._prepare_at = self._seeking_since_s = 0.0
         self._lost_reported = 0
 
     def wake(self) -> None:
@@ -117,11 +124,13 @@ class Sender(threading.Thread):
     # ── out ──
 
     def _tick(self, socket: zmq.Socket[bytes], now_s: float) -> None:
-        self.journal.prepare()
+        if now_s >= self._prepare_at and not self.journal.prepare():
+            self._prepare_at = now_s + PREPARE_RETRY_S
         self._report_losses(now_s)
         if self.state is State.SENDING and self.journal.in_flight_bytes and now_s > self._ack_due:
             self.state = State.SEEKING  # a daemon that was killed had frames of ours
         if self.state is not State.SENDING:
+            self._seek_help(now_s)
             if now_s >= self._attach_at:
                 self._attach_at = now_s + (
                     ATTACH_RETRY_S if self.state is State.SEEKING else ATTACH_REFUSED_RETRY_S
@@ -137,6 +146,13 @@ class Sender(threading.Thread):
         elif now_s >= self._alive_at:
             self._alive_at = now_s + ALIVE_EVERY_S
             self._try_send(socket, messages.ALIVE, self.journal.session)
+
+    def _seek_help(self, now_s: float) -> None:
+        """Ask for a daemon, if we may, when none has answered for a while."""
+        self._seeking_since_s = self._seeking_since_s or now_s
+        if self._on_no_daemon and now_s - self._seeking_since_s >= NO_DAEMON_AFTER_S:
+            call, self._on_no_daemon = self._on_no_daemon, None
+            call()
 
     def _send_frames(self, socket: zmq.Socket[bytes], now_s: float) -> None:
         while self.journal.in_flight_bytes < WINDOW_BYTES:
@@ -202,6 +218,7 @@ class Sender(threading.Thread):
             return
         if kind == messages.ATTACHED:
             self.journal.rewind(int(fields["next_seq"]))
+            self._seeking_since_s = 0.0
             self.state = State.SENDING
             self._attach_at = 0.0
         if fields["mlflow_run_id"]:

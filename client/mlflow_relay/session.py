@@ -29,7 +29,7 @@ class Session:
             nobody is left to tell it. `session` and `journal` are added here.
         socket: the daemon's; the journal lies beside it.
         journal_bytes_max: see `journal.Journal`.
-        on_mlflow_run_id: called from the sender's thread.
+        on_mlflow_run_id, on_no_daemon: called from the sender's thread.
 
     Raises: JournalError, RelayError: the journal cannot be made.
     """
@@ -41,13 +41,14 @@ class Session:
         socket: Path,
         journal_bytes_max: int,
         on_mlflow_run_id: Callable[[str], None],
+        on_no_daemon: Callable[[], None] | None = None,
     ) -> None:
         private_dir(socket.parent)
         folder = private_dir(journal_dir(socket))
         name = os.urandom(SESSION_BYTES)
         card = {**card, "session": name, "pid": os.getpid()}
         self.journal = Journal(folder, name, pack_map(card), bytes_max=journal_bytes_max)
-        self.sender = Sender(self.journal, socket, card, on_mlflow_run_id)
+        self.sender = Sender(self.journal, socket, card, on_mlflow_run_id, on_no_daemon)
         self.sender.start()
 
     def end(self, timeout_s: float) -> bool:
