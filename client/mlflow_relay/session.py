@@ -62,13 +62,16 @@ class Session:
         answered_s = begin_s
         while (now_s := monotonic()) - begin_s < timeout_s:
             if self.sender.over.wait(0.02):
+                self.sender.join()
+                self.sender.let_go()
                 return True
             if self.sender.state is State.SENDING:
                 answered_s = now_s
             elif now_s - answered_s > NO_DAEMON_GRACE_S or not self.sender.is_alive():
                 break
-        return self.sender.over.is_set()
+        return False
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what is the parent's, and touch nothing of it."""
         self.journal.close(unlink=False)
+        self.sender.let_go()

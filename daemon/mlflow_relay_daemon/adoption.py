@@ -68,6 +68,8 @@ class Watcher:
             try:
                 if self._is_dead(session, path) and self._adopt(session, path):
                     over.append(session)
+            except VersionError as error:
+                self._counters.count("bad_messages", f"{path.name} is left alone: {error}")
             except OSError as error:
                 self._counters.count(
                     "fsync_failures", f"a dead rank's journal waits: {error.strerror or error}"
@@ -168,6 +170,8 @@ class Watcher:
             attachment = read_attachment(base.card)
             if attachment.session != session:
                 raise FormatError("the card of another session")
+        except VersionError:
+            raise
         except FormatError as error:
             if hosted is None:
                 for each in (path, *entries):

@@ -68,7 +68,6 @@ class Intake:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 200
-        self._socket.router_handover = True
         self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
         self._socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
         self._socket.bind(f"ipc://{socket_path}")
@@ -135,6 +134,10 @@ class Intake:
                     self._answer(peer, kind, payload)
             except (FormatError, ValueError) as error:
                 self._counters.count("bad_messages", error)
+            except Exception as error:
+                # One peer's message, whatever it does to us, must not end the service of the rest.
+                log.exception("a message was not served")
+                self._counters.count("bad_messages", repr(error))
         self._keep(arrivals)
 
     def _sort(
