@@ -66,7 +66,8 @@ class Watcher:
             if time.monotonic() - now_s > LOOK_BUDGET_S:
                 return over
             try:
-                if self._is_dead(session, path) and self._adopt(session, path):
+                if self._is_dead(session, path):
+                    self._adopt(session, path)
                     over.append(session)
             except VersionError as error:
                 self._counters.count("bad_messages", f"{path.name} is left alone: {error}")
@@ -155,33 +156,19 @@ class Watcher:
 
     # ── taking over ──
 
-    def _adopt(self, session: bytes, path: Path) -> bool:
-        """Take over a dead session's journal; return False if it was put aside unread.
+    def _adopt(self, session: bytes, path: Path) -> None:
+        """Take over a dead session's journal.
 
         Raises: OSError: the spool cannot take it now; what is left stays where it is.
         Crash: safe at any line: files are removed only when their records are on the disk, and
             records that come twice are known by their sequence numbers.
         """
-        data = _read_all(self._watched[session].fd)
         entries = sorted(self._folder.glob(f"{session.hex()}.*{journal_files.ENTRIES_SUFFIX}"))
-        hosted = self._runs.find_session(session)
-        try:
-            base = journal_files.read_base(data)
-            attachment = read_attachment(base.card)
-            if attachment.session != session:
-                raise FormatError("the card of another session")
-        except VersionError:
-            raise
-        except FormatError as error:
-            if hosted is None:
-                for each in (path, *entries):
-                    self._runs.spool.quarantine(each, error)
-                return True
-            log.error("session %s: %s; its entries are taken all the same", session.hex(), error)
-        else:
-            if hosted is None:
-                hosted = self._runs.attach(attachment)
-            self._watched[session].lost = base.lost
+        hosted = self._identify(session)
+        if hosted is None:
+            for each in (path, *entries):
+                self._runs.spool.quarantine(each, "nobody can tell whose it is")
+            return
         if not hosted.run.card.sessions[session.hex()].closed:
             for each in entries:
                 self._take_entries(hosted, session, each)
@@ -189,7 +176,23 @@ class Watcher:
         for each in entries:
             each.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        return True
+
+    def _identify(self, session: bytes) -> Hosted | None:
+        """Return the run of a dead session: known from its life, or by its journal's card."""
+        known = self._runs.find_session(session)
+        watched = self._watched[session]
+        try:
+            base = journal_files.read_base(_read_all(watched.fd))
+            attachment = read_attachment(base.card)
+            if attachment.session != session:
+                raise FormatError("the card of another session")
+        except VersionError:
+            raise
+        except FormatError as error:
+            log.error("the journal of session %s: %s", session.hex(), error)
+            return known
+        watched.lost = base.lost
+        return known or self._runs.attach(attachment)
 
     def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
         try:

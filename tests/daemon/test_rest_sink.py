@@ -542,8 +542,8 @@ def failure(sink: RestSink, action: Callable[[], object]) -> SinkError:
         (
             400,
             (
-                b'{"error_code": "BAD_REQUEST", "message": "(sqlite3.IntegrityError) UNIQUE constraint '
-                b'failed: params.key, params.run_uuid [SQL: INSERT"}'
+                b'{"error_code": "BAD_REQUEST", "message": "(sqlite3.IntegrityError) UNIQUE '
+                b'constraint failed: params.key, params.run_uuid [SQL: INSERT"}'
             ),
             TryAgain,
         ),

@@ -231,7 +231,9 @@ def test_http_is_spoken_directly_and_all_else_goes_through_the_package(
     for uri in ("sqlite:///x.db", "postgresql://u:p@h/d", "databricks", "databricks://p"):
         assert isinstance(open_sink(uri), StoreSink)
     monkeypatch.setenv("MLFLOW_TRACKING_AUTH", "kubernetes")
-    assert isinstance(open_sink("http://h:5000"), StoreSink)
+    signed = open_sink("http://h:5000/")
+    assert isinstance(signed, StoreSink)
+    assert signed.run_url("1", "ab") == "http://h:5000/#/experiments/1/runs/ab"
 
 
 @pytest.mark.parametrize("uri", ["./mlruns", "/data/mlruns", "file:///data/mlruns", "mlruns"])

@@ -1,1 +1,1 @@
-"""The demo: a real training, an MLflow server and a daemon that fail in its middle, and the count."""
+"""The demo: a real training, whose MLflow server and daemon are killed, and the count."""

@@ -24,8 +24,8 @@ class AllReduce:
     """
 
     def __init__(self, rank: int, world_size: int, address: Path) -> None:
-        self._is_root = rank == 0
-        if self._is_root:
+        self.rank, self.world_size = rank, world_size
+        if rank == 0:
             with Listener(str(address), "AF_UNIX", backlog=world_size) as listener:
                 self._others = [listener.accept() for _ in range(1, world_size)]
         else:
@@ -33,16 +33,20 @@ class AllReduce:
 
     def mean(self, values: Array) -> Array:
         """Return the mean of all ranks' arrays: float64s of one length, the same in all ranks."""
-        if not self._is_root:
+        if self.rank > 0:
             self._others[0].send_bytes(values.tobytes())
-            return np.frombuffer(self._others[0].recv_bytes())
+            return _array(self._others[0].recv_bytes())
         total = values.copy()
         for other in self._others:
-            total += np.frombuffer(other.recv_bytes())
-        mean = total / (len(self._others) + 1)
+            total += _array(other.recv_bytes())
+        mean: Array = total / self.world_size
         for other in self._others:
             other.send_bytes(mean.tobytes())
         return mean
+
+
+def _array(data: bytes) -> Array:
+    return np.frombuffer(data, dtype=np.float64)
 
 
 def _meet_root(address: Path) -> Connection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,14 +18,10 @@ class Verdict:
     """What the comparison has found."""
 
     logged: int
+    delivered: int  #: are in MLflow as they were logged
     lost: list[Place]  #: logged, and not in MLflow
     doubled: list[Place]  #: in MLflow more than once; one entry for each that is too many
     wrong: list[Place]  #: in MLflow with another value, or though nobody logged it
-
-    @property
-    def delivered(self) -> int:
-        """Points that are in MLflow as they were logged."""
-        return self.logged - len(self.lost) - len(self.wrong)
 
     @property
     def is_good(self) -> bool:
@@ -37,17 +34,21 @@ def compare(logged: Iterable[Point], found: Iterable[Point]) -> Verdict:
     present: defaultdict[Place, list[float]] = defaultdict(list)
     for key, step, value in found:
         present[key, step].append(value)
+    wrong = {
+        place
+        for place, values in present.items()
+        if not all(_is_same(value, expected.get(place)) for value in values)
+    }
     return Verdict(
         logged=len(expected),
+        delivered=len(present.keys() - wrong),
         lost=sorted(expected.keys() - present.keys()),
         doubled=sorted(place for place, values in present.items() for _ in values[1:]),
-        wrong=sorted(
-            place
-            for place, values in present.items()
-            if not all(_is_same(value, expected.get(place)) for value in values)
-        ),
+        wrong=sorted(wrong),
     )
 
 
 def _is_same(value: float, expected: float | None) -> bool:
-    return value == expected or (value != value and expected is not None and expected != expected)
+    if expected is None:
+        return False
+    return value == expected or (math.isnan(value) and math.isnan(expected))

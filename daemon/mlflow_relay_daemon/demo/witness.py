@@ -64,7 +64,7 @@ class Testimony:
 
 
 def read_testimony(folder: Path, rank: int) -> Testimony:
-    """Return what a rank's witness wrote. Raises: FileNotFoundError: the rank did not get so far."""
+    """Return what a rank's witness wrote. Raises: FileNotFoundError: it did not get so far."""
     return Testimony(**json.loads(_path(folder, rank).read_text(encoding="ascii")))
 
 
