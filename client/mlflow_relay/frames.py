@@ -114,7 +114,7 @@ def iter_entries(body: bytes | memoryview) -> Iterator[bytes | None]:
     while at + ENTRY_BYTES <= end:
         length, crc = ENTRY.unpack_from(view, at)
         at += ENTRY_BYTES
-        if length > end - at:
+        if not 0 < length <= end - at:
             return
         record = bytes(view[at : at + length])
         yield record if crc32(record) == crc else None

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import RLock
 from typing import NamedTuple
 
-from .errors import JournalError
+from .errors import JournalError, RelayError
 from .frames import FRAME_BYTES_TARGET, cut_entries, pack_entry, pack_frame
 from .journal_files import (
     ACKED_WORD,
@@ -33,6 +33,9 @@ from .journal_files import (
     pack_entries_head,
 )
 
+#: Room that is kept in each file for the END of a session: a full journal must not turn a good end
+#: into a vanished rank.
+END_BYTES_MAX = 4096
 #: Two of these (one in use, one in reserve) are what a journal starts with.
 ENTRIES_FILE_BYTES = 8 << 20
 ENTRIES_FILE_BYTES_MIN = 64 << 10
@@ -53,11 +56,12 @@ class SentFrame(NamedTuple):
 
 
 class _EntriesFile:
-    """One preallocated file. `tail` is where the next entry goes."""
+    """One preallocated file. `tail` is where the next entry goes, `limit` where none may end."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size = path, size
+        self.path = path
         self.tail = ENTRIES_AT
+        self.limit = size - END_BYTES_MAX
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # A sparse mapping on a full file system is a SIGBUS in the middle of training.
@@ -70,21 +74,16 @@ class _EntriesFile:
         finally:
             os.close(fd)
         self.view = memoryview(self.map)
-        self._words = self.view[:ENTRIES_AT].cast("Q")
+        self.words = self.view[:ENTRIES_AT].cast("Q")
 
     def begin(self, session: bytes, first_seq: int) -> None:
         """Take the file into use; the first record in it will have this sequence number."""
-        self._words[TAIL_WORD] = ENTRIES_AT
         head = pack_entries_head(session, first_seq)
         self.map[: len(head)] = head
-
-    def commit(self, tail: int) -> None:
-        """Let all before `tail` count: one aligned store, of which there is no half."""
-        self.tail = tail
-        self._words[TAIL_WORD] = tail
+        self.words[TAIL_WORD] = ENTRIES_AT
 
     def close(self, *, unlink: bool) -> None:
-        self._words.release()
+        self.words.release()
         self.view.release()
         self.map.close()
         if unlink:
@@ -124,7 +123,7 @@ class Journal:
         self._numbers = count(1)
         self._files: deque[_EntriesFile] = deque()
         self._spare: _EntriesFile | None = None
-        self._rolling = False
+        self._rolling = self._sealed = False
         self._in_flight: deque[SentFrame] = deque()
         try:
             self._open_base(card)
@@ -149,6 +148,7 @@ class Journal:
     def append(self, record: bytes) -> bool:
         """Keep a record. Returns False if the journal is full: the record is lost, and counted.
 
+        Raises: RelayError: it is sealed.
         Crash: SIGKILL at any line leaves the records before this one, and this one whole or not
             at all.
         """
@@ -159,7 +159,9 @@ class Journal:
                 file = self._current
                 at = file.tail
                 end = at + size
-                if end > file.size:
+                if end > file.limit:
+                    if self._sealed:
+                        raise RelayError("the run has ended: start_run makes a new one")
                     if self._roll(size):
                         continue
                     self.lost += 1
@@ -167,12 +169,24 @@ class Journal:
                     return False
                 file.map[at:end] = entry
                 # A signal handler that logged between these lines (RLock lets it in) has put its
-                # record here and moved the tail: then ours goes behind it.
+                # record here and moved the tail: then ours goes behind it. From here to the counter
+                # there must be no call: Python runs handlers at calls and loops only.
                 if file.tail == at:
-                    file.commit(end)
+                    file.tail = end
+                    file.words[TAIL_WORD] = end  # one aligned store, of which there is no half
                     self.next_seq += 1
                     self._words[NEXT_SEQ_WORD] = self.next_seq
                     return True
+
+    def seal(self, record: bytes) -> None:
+        """Keep the last record; there is room for it. What comes later is refused."""
+        with self._lock:
+            if self._sealed:
+                return
+            self._current.limit += END_BYTES_MAX
+            self.append(record)
+            self._sealed = True
+            self._current.limit = 0
 
     def _roll(self, size: int) -> bool:
         """Go on in the next file.
@@ -180,14 +194,15 @@ class Journal:
         The spare is ready, unless 8 MB came between two ticks of the sender: only then is a file
         made here, in the caller's thread.
         """
-        if self._rolling or size > self._file_bytes - ENTRIES_AT:
+        if self._rolling or size > self._file_bytes - ENTRIES_AT - END_BYTES_MAX:
             return False
         self._rolling = True
         try:
-            file = self._spare or self._try_make_file()
+            # Taken out before it is looked at: the sender may put another there at any moment.
+            file, self._spare = self._spare, None
+            file = file or self._try_make_file()
             if file is None:
                 return False
-            self._spare = None
             file.begin(self.session, self.next_seq)
             self._files.append(file)
             self._current = file
@@ -245,6 +260,19 @@ class Journal:
             frame = self._in_flight.pop()
             self.in_flight_bytes -= frame.body_bytes
             self._sent_to = frame.start
+        self._skip_to(min(next_seq, self.next_seq))
+        self.ack(next_seq)
+
+    def _skip_to(self, seq: int) -> None:
+        """Go on at a record in the midst of what was a frame: the spool may have it from an earlier
+        sending, when the frame was cut elsewhere."""
+        file, at = self._sent_to
+        while self.acked < seq:
+            if at >= file.tail:
+                file, at = self._files[self._files.index(file) + 1], ENTRIES_AT
+            _, at = cut_entries(file.view, at, file.tail, 0)
+            self.acked += 1
+        self._sent_to = file, at
 
     @property
     def unacked(self) -> int:
@@ -254,9 +282,7 @@ class Journal:
     def close(self, *, unlink: bool) -> None:
         """Unmap and unlock.
 
-        Args:
-            unlink: True once all is acked; False where the files must stay for the daemon, and in
-                a forked child, which lets go of its parent's.
+        Args: unlink: True once all is acked; False where the files must stay for the daemon.
         """
         spares = [self._spare] if self._spare else []
         for file in (*self._files, *spares):
@@ -268,6 +294,10 @@ class Journal:
         if unlink:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(NEW_SUFFIX).unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def let_go(self) -> None:
+        """In a forked child: the files are the parent's."""
         os.close(self._fd)
 
     # ── files ──

@@ -74,6 +74,17 @@ def pack_entries_head(session: bytes, first_seq: int) -> bytes:
     return _ENTRIES_HEAD.pack(_ENTRIES_MAGIC, _VERSION, session, first_seq)
 
 
+def first_seq_of(data: bytes) -> int | None:
+    """Return the first sequence number of an entries file; None: a spare, or not to be told.
+
+    Args: data: at least its first ENTRIES_AT bytes.
+    """
+    if len(data) < ENTRIES_AT:
+        return None
+    magic, _, _, first_seq = _ENTRIES_HEAD.unpack_from(data)
+    return int(first_seq) if magic == _ENTRIES_MAGIC else None
+
+
 class Salvage(NamedTuple):
     """What could be read of one entries file."""
 

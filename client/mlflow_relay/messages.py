@@ -33,6 +33,7 @@ REFUSED = b"e"  #: map: session, error: the daemon will not take this session; t
 REPLY = b"r"  #: answer to CONTROL (map: v, ok, ...)
 
 SESSION_BYTES = 16
+TEXT_CHARS_MAX = 2000  #: of one field of an ATTACH
 MESSAGE_BYTES_MAX = 8 << 20  #: ZMQ_MAXMSGSIZE on both sides: more than any frame
 _SESSION_AND_NUMBER = struct.Struct("<16sQ")
 

@@ -49,6 +49,8 @@ def private_dir(path: Path) -> Path:
         raise RelayError(f"cannot make the folder {path}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):
         raise RelayError(f"{path} is no folder (a link or a file stands there): remove it")
-    if found.st_uid != os.getuid() and not os.access(path, os.W_OK):
+    if found.st_uid != os.getuid():
         raise RelayError(f"{path} belongs to uid {found.st_uid}: choose another socket path")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RelayError(f"others may write to {path}: chmod 700 it, or choose another socket path")
     return path

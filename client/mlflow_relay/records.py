@@ -28,6 +28,10 @@ METRICS, PARAMS, TAGS, END = 1, 2, 3, 4
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
 TEXTS_PER_RECORD_MAX = 100  # ... MAX_PARAMS_TAGS_PER_BATCH
+#: Four bytes a character at most, and room to spare; one longer value has a record of its own.
+TEXT_CHARS_PER_RECORD_MAX = RECORD_BYTES_MAX // 8
+#: A key is for people to read; MLflow takes 250 characters, and says so in a dead letter.
+KEY_CHARS_MAX = 1000
 
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -167,16 +171,18 @@ def check_key(what: str, key: object) -> str:
         raise TypeError(f"{what} key {key!r} is a {type(key).__name__}; it must be a str")
     if not key:
         raise ValueError(f"{what} key is empty")
+    if len(key) > KEY_CHARS_MAX:
+        raise ValueError(f"{what} key {_short(key)} has {len(key)} characters: log it as a value")
     return _encodable(f"{what} key", key)
 
 
 def to_text(what: str, key: str, value: object) -> str:
     """Return `str(value)`. Raises: ValueError: it cannot be encoded, or is larger than a record."""
     text = _encodable(f"{what} {key!r}: its value", str(value))
-    if len(text) > RECORD_BYTES_MAX // 8:  # four bytes a character at most, and room for the key
+    if len(text) > TEXT_CHARS_PER_RECORD_MAX:
         raise ValueError(
             f"{what} {key!r}: its value has {len(text)} characters; "
-            f"at most {RECORD_BYTES_MAX // 8} can be kept: log it as an artifact"
+            f"at most {TEXT_CHARS_PER_RECORD_MAX} can be kept: write it to a file"
         )
     return text
 
@@ -212,6 +218,20 @@ def chunks(items: Mapping[str, Any], size: int) -> Iterable[dict[str, Any]]:
     pairs = list(items.items())
     for at in range(0, len(pairs), size):
         yield dict(pairs[at : at + size])
+
+
+def text_chunks(items: Mapping[str, str]) -> Iterable[dict[str, str]]:
+    """Yield the items in dicts that fit into a record each, in order."""
+    part: dict[str, str] = {}
+    chars = 0
+    for key, value in items.items():
+        chars += len(key) + len(value)
+        if part and (len(part) == TEXTS_PER_RECORD_MAX or chars > TEXT_CHARS_PER_RECORD_MAX):
+            yield part
+            part, chars = {}, len(key) + len(value)
+        part[key] = value
+    if part:
+        yield part
 
 
 def _encodable(what: str, text: str) -> str:

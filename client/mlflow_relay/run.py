@@ -20,6 +20,7 @@ from . import fluent, records, settings
 from .autostart import start_daemon
 from .errors import RelayError
 from .launch import Launch, detect, launcher_process, random_key, relay_run_id
+from .messages import TEXT_CHARS_MAX
 from .paths import default_socket
 from .provenance import launch_tags, provenance
 from .session import Session
@@ -27,10 +28,10 @@ from .session import Session
 log = logging.getLogger("mlflow_relay")
 
 RANK_METRICS = ("prefix", "zero", "all")
-_REASON_CHARS_MAX = 2000
+_REASON_CHARS_MAX = 500  # four bytes each at most: it must fit into journal.END_BYTES_MAX
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
-_ordinals = count(1)
+_started = 0  # start_run calls of this process that came to something
 
 
 def start_run(
@@ -86,8 +87,8 @@ def start_run(
     )
     run = Run(
         who,
-        experiment_name or env.get("MLFLOW_EXPERIMENT_NAME") or "Default",
-        run_name or env.get("MLFLOW_RUN_NAME") or "",
+        _name("experiment_name", experiment_name or env.get("MLFLOW_EXPERIMENT_NAME") or "Default"),
+        _name("run_name", run_name or env.get("MLFLOW_RUN_NAME") or ""),
         rank_metrics=rank_metrics,
         socket=Path(socket) if socket is not None else default_socket(),
         autostart=settings.autostart(env) if autostart is None else autostart,
@@ -128,7 +129,8 @@ class Run:
         journal_bytes_max: int,
         end_timeout_s: float,
     ) -> None:
-        ordinal = next(_ordinals)
+        global _started  # noqa: PLW0603  # one count for the process, however it starts runs
+        ordinal = _started + 1
         self.run_id = relay_run_id(who.run_key, ordinal)
         self.mlflow_run_id: str | None = None
         self.rank, self.world_size = who.rank, who.world_size
@@ -154,7 +156,8 @@ class Run:
             "primary": True,
         }
         self._session: Session | None = self._open_session()
-        self._ended = False
+        self._ended = self._is_cut_off = False
+        _started = ordinal
         _runs.add(self)
 
     # ── logging ──
@@ -212,7 +215,7 @@ class Run:
             for key, value in items.items()
         }
         now_ms = _now_ms()
-        for part in records.chunks(texts, records.TEXTS_PER_RECORD_MAX):
+        for part in records.text_chunks(texts):
             self._keep(pack(part, now_ms))
 
     # ── the end ──
@@ -237,7 +240,7 @@ class Run:
         # Only if it is this process's own: a forked child that logged nothing has nothing to end.
         session = self._session
         if session is not None:
-            session.journal.append(records.pack_end(status, _cut(reason), _now_ms()))
+            session.journal.seal(records.pack_end(status, _cut(reason), _now_ms()))
         self._ended = True
         fluent.clear_active(self)
         _runs.discard(self)
@@ -283,12 +286,22 @@ class Run:
         self.mlflow_run_id = mlflow_run_id
 
     def _keep(self, record: bytes) -> None:
-        session = self._session
-        if session is None:
-            session = self._session = self._open_session()  # first use after a fork
+        session = self._session or self._open_session_of_child()
+        if session is not None:
+            session.journal.append(record)
+
+    def _open_session_of_child(self) -> Session | None:
+        """First use after a fork. Returns None where there is no space for one more journal: that
+        is no reason to stop a training that has begun."""
         if self._ended:
             raise RelayError(f"run {self.run_id} has ended: start_run makes a new one")
-        session.journal.append(record)
+        try:
+            self._session = self._open_session()
+        except RelayError as error:
+            if not self._is_cut_off:
+                log.error("what this forked process logs is lost: %s", error)
+            self._is_cut_off = True
+        return self._session
 
     def _forked(self) -> None:
         """In a forked child: the parent's session stays the parent's. One of its own is made at
@@ -297,6 +310,15 @@ class Run:
         self._card = {**self._card, "primary": False}
         if session is not None:
             session.leave_to_parent()
+
+
+def _name(what: str, name: object) -> str:
+    """Raises: TypeError, ValueError: the daemon would not take it."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what}={name!r} is a {type(name).__name__}; it must be a str")
+    if len(name) > TEXT_CHARS_MAX:
+        raise ValueError(f"{what} has {len(name)} characters; at most {TEXT_CHARS_MAX}")
+    return records.to_text(what, "", name)
 
 
 def _now_ms() -> int:
@@ -322,8 +344,13 @@ def _cut(text: str) -> str:
 def _end_at_exit() -> None:
     """Runs that nobody ended: FINISHED, unless the interpreter is leaving with an exception."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    _end_all(error)
+
+
+def _end_all(error: BaseException | None) -> None:
+    status = _status_of(error)
     for run in list(_runs):
-        run.end(_status_of(error), reason="" if error is None else _describe(error))
+        run.end(status, reason="" if error is None or status == "FINISHED" else _describe(error))
 
 
 def _after_fork_in_child() -> None:
@@ -336,7 +363,8 @@ def _end_at_exit_of_worker() -> None:
     process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
     if process is not None and util is not None and process.parent_process() is not None:
-        util.Finalize(None, _end_at_exit, exitpriority=0)
+        # Called while the exception that ends the child, if any, is still being handled.
+        util.Finalize(None, lambda: _end_all(sys.exc_info()[1]), exitpriority=0)
 
 
 atexit.register(_end_at_exit)

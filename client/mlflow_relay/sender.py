@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -37,6 +38,7 @@ NO_DAEMON_AFTER_S = 0.2
 PREPARE_RETRY_S = 1.0
 ALIVE_EVERY_S = 5.0
 LOSS_REPORT_EVERY_S = 60.0
+TROUBLE_PAUSE_S = 0.1
 #: Frames on their way to the daemon, in bytes: enough for 200 MB/s at 5 ms per fsync, and little
 #: enough for a daemon that has hundreds of ranks to hold it for all of them.
 WINDOW_BYTES = 1 << 20
@@ -78,7 +80,7 @@ class Sender(threading.Thread):
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ending = False
         self._attach_at = self._ack_due = self._alive_at = self._loss_report_at = 0.0
-        self._prepare_at = self._seeking_since_s = 0.0
+        self._prepare_at = self._seeking_since_s = self._trouble_report_at = 0.0
         self._lost_reported = 0
 
     def wake(self) -> None:
@@ -102,17 +104,22 @@ class Sender(threading.Thread):
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_fd, zmq.POLLIN)
             while not self.over.is_set():
-                for ready, _ in poller.poll(TICK_MS):
-                    if ready is socket:
-                        self._receive_all(socket)
-                    else:
-                        os.eventfd_read(self._wake_fd)
-                if not self.over.is_set():
-                    self._tick(socket, monotonic())
-        except Exception:  # the journal holds; training must not see it, the log must
-            log.exception("the sender stopped; the daemon takes the journal when this process ends")
+                try:
+                    self._turn(socket, poller)
+                except Exception as error:  # noqa: BLE001  # logged; training must not see it
+                    self._report_trouble(error, monotonic())
+                    time.sleep(TROUBLE_PAUSE_S)
         finally:
             context.destroy(linger=0)
+
+    def _turn(self, socket: zmq.Socket[bytes], poller: zmq.Poller) -> None:
+        for ready, _ in poller.poll(TICK_MS):
+            if ready is socket:
+                self._receive_all(socket)
+            else:
+                os.eventfd_read(self._wake_fd)
+        if not self.over.is_set():
+            self._tick(socket, monotonic())
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
         socket = context.socket(zmq.DEALER)
@@ -140,16 +147,16 @@ class Sender(threading.Thread):
                     ATTACH_RETRY_S if self.state is State.SEEKING else ATTACH_REFUSED_RETRY_S
                 )
                 attach = {**self._card, "first_seq": self.journal.acked}
-                self._try_send(socket, messages.ATTACH, messages.pack_map(attach))
+                _try_send(socket, messages.ATTACH, messages.pack_map(attach))
             return
         self._send_frames(socket, now_s)
         if self._ending and not self.journal.unacked and now_s >= self._attach_at:
             self._attach_at = now_s + ATTACH_RETRY_S  # a lost answer is asked for again
             detach = messages.pack_detach(self.journal.session, self.journal.lost)
-            self._try_send(socket, messages.DETACH, detach)
+            self._send(socket, messages.DETACH, detach)
         elif now_s >= self._alive_at:
             self._alive_at = now_s + ALIVE_EVERY_S
-            self._try_send(socket, messages.ALIVE, self.journal.session)
+            self._send(socket, messages.ALIVE, self.journal.session)
 
     def _seek_help(self, now_s: float) -> None:
         """Ask for a daemon, if we may, when none has answered for a while."""
@@ -161,20 +168,18 @@ class Sender(threading.Thread):
     def _send_frames(self, socket: zmq.Socket[bytes], now_s: float) -> None:
         while self.journal.in_flight_bytes < WINDOW_BYTES:
             frame = self.journal.next_frame()
-            if frame is None or not self._try_send(socket, messages.DATA, frame.data):
+            if frame is None or not self._send(socket, messages.DATA, frame.data):
                 return
             if not self.journal.in_flight_bytes:
                 self._ack_due = now_s + ACK_TIMEOUT_S
             self.journal.mark_sent(frame)
 
-    @staticmethod
-    def _try_send(socket: zmq.Socket[bytes], kind: bytes, payload: bytes) -> bool:
-        """Return False if there is nobody to send to: what was to be sent stays where it is."""
-        try:
-            socket.send_multipart((kind, payload), zmq.NOBLOCK)
-        except zmq.Again:
-            return False
-        return True
+    def _send(self, socket: zmq.Socket[bytes], kind: bytes, payload: bytes) -> bool:
+        """Return False if the daemon is gone: then it is sought."""
+        sent = _try_send(socket, kind, payload)
+        if not sent:
+            self.state, self._attach_at = State.SEEKING, 0.0
+        return sent
 
     # ── in ──
 
@@ -220,13 +225,21 @@ class Sender(threading.Thread):
                 log.error("the daemon refuses this session: %s", fields["error"])
             self.state = State.REFUSED
             return
-        if kind == messages.ATTACHED:
+        if kind == messages.ATTACHED and self.state is not State.SENDING:
+            # While sending, it is the late answer to one of several questions: of no use any more.
             self.journal.rewind(int(fields["next_seq"]))
             self._seeking_since_s = 0.0
             self.state = State.SENDING
             self._attach_at = 0.0
         if fields["mlflow_run_id"]:
             self._on_mlflow_run_id(str(fields["mlflow_run_id"]))
+
+    def _report_trouble(self, error: Exception, now_s: float) -> None:
+        """Log an exception, once a minute."""
+        if now_s >= self._trouble_report_at:
+            self._trouble_report_at = now_s + LOSS_REPORT_EVERY_S
+            text = "the sender is in trouble and tries on; the journal keeps the records"
+            log.error(text, exc_info=error)
 
     def _report_losses(self, now_s: float) -> None:
         lost = self.journal.lost - self._lost_reported
@@ -240,3 +253,12 @@ class Sender(threading.Thread):
                 self.journal.lost,
                 self._endpoint,
             )
+
+
+def _try_send(socket: zmq.Socket[bytes], kind: bytes, payload: bytes) -> bool:
+    """Return False if there is nobody to send to: what was to be sent stays where it is."""
+    try:
+        socket.send_multipart((kind, payload), zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True

@@ -21,6 +21,10 @@ log = logging.getLogger("mlflow_relay")
 NO_DAEMON_GRACE_S = 0.3
 
 
+#: Kept for ever: what a destructor closed here would be the parent's.
+_left_to_parents: list[Session] = []
+
+
 class Session:
     """Opens at once: needs no daemon.
 
@@ -73,5 +77,8 @@ class Session:
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what is the parent's, and touch nothing of it."""
-        self.journal.close(unlink=False)
+        # Nothing is unmapped: the parent's sender may have been in the midst of it when the process
+        # was forked, and nobody here will ever let go for it.
+        _left_to_parents.append(self)
+        self.journal.let_go()
         self.sender.let_go()

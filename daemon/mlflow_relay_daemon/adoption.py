@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlflow_relay import journal_files
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay.frames import read_frame
-from mlflow_relay.journal_files import BASE_SUFFIX
+from mlflow_relay.journal_files import BASE_SUFFIX, ENTRIES_SUFFIX
 from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.spool.disk import try_lock
+from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class Watcher:
     def __init__(self, folder: Path, runs: Runs, counters: Counters) -> None:
         self._folder, self._runs, self._counters = folder, runs, counters
         self._watched: dict[bytes, Watched] = {}
+        self._vanished_are_closed = False
 
     def look(self, heard_s: dict[bytes, float], now_s: float) -> list[bytes]:
         """Take over what dead ranks left.
@@ -60,23 +63,24 @@ class Watcher:
             now_s: on the monotonic clock.
         Returns: sessions that are over: there will be nothing more of them.
         """
-        paths = self._find()
+        try:
+            paths = self._find()
+        except OSError as error:
+            self._trouble(self._folder, error)
+            return []
         over: list[bytes] = []
         for session, path in paths.items():
             if time.monotonic() - now_s > LOOK_BUDGET_S:
                 return over
             try:
-                if self._is_dead(session, path):
-                    self._adopt(session, path)
+                if self._is_dead(session, path) and self._adopt(session, path, now_s):
                     over.append(session)
-            except VersionError as error:
-                self._counters.count("bad_messages", f"{path.name} is left alone: {error}")
-            except OSError as error:
-                self._counters.count(
-                    "fsync_failures", f"a dead rank's journal waits: {error.strerror or error}"
-                )
+            except (FormatError, RunLeftAlone, OSError) as error:
+                self._trouble(path, error)
         for session in set(self._watched) - set(paths):
             os.close(self._watched.pop(session).fd)
+        if not self._vanished_are_closed:
+            self._close_vanished(paths)
         unseen = [
             session
             for session, then_s in heard_s.items()
@@ -84,14 +88,27 @@ class Watcher:
         ]
         return over + [session for session in unseen if self._close_unseen(session)]
 
-    def close_vanished(self) -> None:
-        """At the start: sessions that a former daemon knew and that have no journal are over."""
-        journals = self._find()
+    def _trouble(self, path: Path, error: Exception) -> None:
+        """Count what stands in the way of a journal; it stays where it is and is tried again."""
+        if isinstance(error, OSError):
+            why = error.strerror or error
+            self._counters.count("fsync_failures", f"a dead rank's journal waits: {why}")
+        else:
+            self._counters.count("bad_messages", f"{path.name} is left alone: {error}")
+
+    def _close_vanished(self, journals: Container[bytes]) -> None:
+        """Sessions that a former daemon knew and that have no journal are over."""
         for hosted in list(self._runs.by_id.values()):
             for name, card in list(hosted.run.card.sessions.items()):
                 session = bytes.fromhex(name)
-                if not card.closed and session not in journals:
+                if card.closed or session in journals:
+                    continue
+                try:
                     self._runs.close_session(hosted, session, lost=0)
+                except OSError as error:
+                    self._trouble(self._folder, error)
+                    return
+        self._vanished_are_closed = True
 
     def in_journals(self, hosted: Hosted) -> int:
         """Return how many records the run's ranks have accepted that are not in the spool yet."""
@@ -106,7 +123,7 @@ class Watcher:
         return sum(
             watched.lost
             for session, watched in self._watched.items()
-            if session.hex() in hosted.run.card.sessions
+            if (card := hosted.run.card.sessions.get(session.hex())) and not card.closed
         )
 
     # ── looking ──
@@ -156,26 +173,27 @@ class Watcher:
 
     # ── taking over ──
 
-    def _adopt(self, session: bytes, path: Path) -> None:
-        """Take over a dead session's journal.
+    def _adopt(self, session: bytes, path: Path, since_s: float) -> bool:
+        """Take over a dead session's journal; return whether that is done, and not to be gone on
+        with at the next look.
 
         Raises: OSError: the spool cannot take it now; what is left stays where it is.
         Crash: safe at any line: files are removed only when their records are on the disk, and
             records that come twice are known by their sequence numbers.
         """
-        entries = sorted(self._folder.glob(f"{session.hex()}.*{journal_files.ENTRIES_SUFFIX}"))
         hosted = self._identify(session)
+        entries = _in_order(self._folder.glob(f"{session.hex()}.*{ENTRIES_SUFFIX}"))
         if hosted is None:
             for each in (path, *entries):
                 self._runs.spool.quarantine(each, "nobody can tell whose it is")
-            return
-        if not hosted.run.card.sessions[session.hex()].closed:
-            for each in entries:
-                self._take_entries(hosted, session, each)
-            self._runs.close_session(hosted, session, self._watched[session].lost)
+            return True
         for each in entries:
-            each.unlink(missing_ok=True)
+            if time.monotonic() - since_s > LOOK_BUDGET_S:
+                return False
+            self._take_entries(hosted, session, each)
+        self._runs.close_session(hosted, session, self._watched[session].lost)
         path.unlink(missing_ok=True)
+        return True
 
     def _identify(self, session: bytes) -> Hosted | None:
         """Return the run of a dead session: known from its life, or by its journal's card."""
@@ -192,7 +210,8 @@ class Watcher:
             log.error("the journal of session %s: %s", session.hex(), error)
             return known
         watched.lost = base.lost
-        return known or self._runs.attach(attachment)
+        # What was acknowledged before is in a spool, though perhaps not in this one.
+        return known or self._runs.attach(replace(attachment, first_seq=base.acked))
 
     def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
         try:
@@ -207,8 +226,23 @@ class Watcher:
         self._runs.spool.check_space(sum(map(len, salvage.frames)))
         if salvage.frames:
             hosted.run.append([(read_frame(frame), frame) for frame in salvage.frames])
+            self._runs.notify(hosted)
         hosted.run.skip_to(session, salvage.next_seq)
         path.unlink(missing_ok=True)
+
+
+def _in_order(paths: Iterable[Path]) -> list[Path]:
+    """Return entries files in the order of their records; spares, and what cannot be read, last.
+
+    Not by name: a file that was made in a hurry may have been used before one with a lower number.
+    """
+
+    def place(path: Path) -> tuple[bool, int, str]:
+        with path.open("rb") as file:
+            first_seq = journal_files.first_seq_of(file.read(journal_files.ENTRIES_AT))
+        return first_seq is None, first_seq or 0, path.name
+
+    return sorted(paths, key=place)
 
 
 def _read_all(fd: int) -> bytes:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_relay.errors import FormatError
-from mlflow_relay.messages import SESSION_BYTES, unpack_map
+from mlflow_relay.messages import SESSION_BYTES, TEXT_CHARS_MAX, unpack_map
 from mlflow_relay_daemon.spool.card import Card, SessionCard
 
-TEXT_CHARS_MAX = 2000
 TAGS_MAX = 100
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -66,10 +65,8 @@ def read_attachment(payload: bytes) -> Attachment:
 
     Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
     """
+    session = unpack_session(payload)
     fields = unpack_map(payload)
-    session = _of_type(fields, "session", bytes)
-    if len(session) != SESSION_BYTES:
-        raise FormatError(f"a session of {len(session)} bytes")
     run_id = _text(fields, "run_id")
     if not _RUN_ID.fullmatch(run_id):
         raise FormatError("run_id is not 32 hex digits")
@@ -91,6 +88,14 @@ def read_attachment(payload: bytes) -> Attachment:
         tags=tags,
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
     )
+
+
+def unpack_session(payload: bytes) -> bytes:
+    """Return who sends an ATTACH that may be wrong otherwise. Raises: FormatError."""
+    session: bytes = _of_type(unpack_map(payload), "session", bytes)
+    if len(session) != SESSION_BYTES:
+        raise FormatError(f"a session of {len(session)} bytes")
+    return session
 
 
 def _of_type(fields: Mapping[str, Any], name: str, kind: type) -> Any:

@@ -60,6 +60,8 @@ class Control:
                     return _ok(targets=self._flush(request))
                 case "dead_letters":
                     return self._dead_letters(peer, request)
+        except OSError as error:
+            return _failed(f"{command}: {error.strerror or error}")
         except (KeyError, TypeError, ValueError) as error:
             return _failed(f"{command}: {error}")
         if not isinstance(command, str):

@@ -52,16 +52,11 @@ class DeadLetters:
     def list(self) -> list[DeadLetter]:
         """Return all, oldest first. A line that cannot be read is passed over."""
         try:
-            lines = self._path.read_text().splitlines()
+            lines = self._path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return []
-        found = []
-        for line in lines:
-            try:
-                found.append(DeadLetter(**json.loads(line)))
-            except (ValueError, TypeError):
-                continue  # torn by a crash: its record was not settled, and is refused again
-        return found
+        letters = (_read_line(line) for line in lines)
+        return [letter for letter in letters if letter is not None]
 
     def add(self, objections: Iterable[Objection], now_ms: int) -> None:
         """Keep refused entries; they are on the disk when this returns. Raises: OSError."""
@@ -109,6 +104,16 @@ def _letter(number: int, objection: Objection, now_ms: int) -> DeadLetter:
         error_code=objection.error_code,
         refused_ms=now_ms,
     )
+
+
+def _read_line(line: bytes) -> DeadLetter | None:
+    """Return None for a line torn by a crash: its record was not settled, and is refused again."""
+    try:
+        letter = DeadLetter(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+    number: object = letter.id  # JSON keeps no types
+    return letter if isinstance(number, int) else None
 
 
 def _line(letter: DeadLetter) -> bytes:

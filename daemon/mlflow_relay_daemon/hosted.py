@@ -56,7 +56,12 @@ class Runs:
             hosted = self._host(self.spool.open_run(attachment.new_card()))
         run, name = hosted.run, attachment.session.hex()
         with run.lock:
-            if name not in run.card.sessions:
+            known = run.card.sessions.get(name)
+            if known is not None and known.closed:
+                # It was taken for dead, and lives (its journal was out of sight for a while).
+                known.closed = False
+                run.save_card()
+            elif known is None:
                 run.card.sessions[name] = attachment.session_card()
                 run.card.world_size = max(run.card.world_size, attachment.world_size)
                 # The run began when its first rank did, whichever reached us first.

@@ -9,6 +9,7 @@ disk, and the ranks' journals hold the rest.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -21,10 +22,12 @@ import zmq
 from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import Header, read_frame
-from mlflow_relay_daemon.attachment import read_attachment
+from mlflow_relay.paths import private_dir
+from mlflow_relay_daemon.attachment import read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,8 @@ class Intake:
         self._socket.linger = 200
         self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
         self._socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
-        self._socket.bind(f"ipc://{socket_path}")
-        os.chmod(socket_path, 0o600)
+        self._path = socket_path
+        self._bind()
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
@@ -96,6 +99,24 @@ class Intake:
             peer, payload = self._answers.popleft()
             self._send(peer, messages.REPLY, payload)
         self._tell_news()
+
+    def bind_again(self) -> bool:
+        """If the socket's file is gone (systemd's RemoveIPC, a clean-up), make it anew.
+
+        Returns: whether it was gone.
+        """
+        if self._path.exists():
+            return False
+        with contextlib.suppress(zmq.ZMQError):
+            self._socket.unbind(self._endpoint)
+        private_dir(self._path.parent)
+        self._bind()
+        return True
+
+    def _bind(self) -> None:
+        self._endpoint = f"ipc://{self._path}"
+        self._socket.bind(self._endpoint)
+        os.chmod(self._path, 0o600)
 
     def forget(self, session: bytes) -> None:
         """The session is over."""
@@ -157,6 +178,7 @@ class Intake:
             return
         if header.next_seq <= expected:
             self._counters.count("resent_frames", "a frame came twice")
+            self._ack(header.session)  # of what is on the disk: its ack may have been lost
         elif not self.is_full:  # else the gap is ours: the rank sends again after its timeout
             self._counters.count("resent_frames", "a frame came before its predecessor")
             self._send(peer, messages.UNKNOWN, header.session)
@@ -222,15 +244,16 @@ class Intake:
             raise FormatError(f"message of unknown kind {kind[:8]!r}")
 
     def _attach(self, peer: bytes, payload: bytes) -> None:
-        attachment = read_attachment(payload)
-        name = attachment.session
-        if self._is_closed(name):
-            raise FormatError("a session that is over attached again")
         try:
+            attachment = read_attachment(payload)
             hosted = self._runs.attach(attachment)
+        except (FormatError, RunLeftAlone) as error:
+            self._refuse(peer, payload, error)
+            raise
         except OSError as error:
             self._counters.count("fsync_failures", f"no session attached: {error.strerror}")
             return  # it asks again
+        name = attachment.session
         self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
         mlflow_run_id = hosted.run.card.mlflow_run_id
         if mlflow_run_id is None:
@@ -241,6 +264,15 @@ class Intake:
             "mlflow_run_id": mlflow_run_id,
         }
         self._send(peer, messages.ATTACHED, messages.pack_map(fields))
+
+    def _refuse(self, peer: bytes, payload: bytes, error: Exception) -> None:
+        """Tell a session why it is not taken, if it can be made out who asks."""
+        try:
+            session = unpack_session(payload)
+        except FormatError:
+            return
+        fields = {"session": session, "error": str(error)}
+        self._send(peer, messages.REFUSED, messages.pack_map(fields))
 
     def _detach(self, peer: bytes, name: bytes, lost: int) -> None:
         session = self.sessions.get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 
 #: How often journals are looked at: within it a vanished rank is noticed.
 LOOK_EVERY_S = 0.5
+RUNTIME_LOCK = "daemon.lock"
 #: The default interval, 5 ms, is how long a lane that computes may keep intake from its socket.
 SWITCH_INTERVAL_S = 0.0005
 
@@ -44,6 +46,7 @@ def run_daemon(config: Config) -> int:
     """
     set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _allow_many_files()
     service = Service(config)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, service.request_stop)
@@ -65,7 +68,7 @@ class Service:
         self._config = config
         self._stopping = False
         self._looked_s = self._busy_s = time.monotonic()
-        self._socket_lock = _lock_socket(config)
+        self._runtime_lock = _lock_runtime_folder(config)
         self._spool = _open_spool(config)
         self._delivery = None
         sink = breaker = None
@@ -85,7 +88,6 @@ class Service:
 
     def serve(self) -> None:
         """Take what ranks send, until asked to stop or idle for long enough."""
-        self._watcher.close_vanished()
         if self._delivery is not None:
             self._delivery.start()
         for hosted in self._runs.by_id.values():
@@ -134,13 +136,15 @@ class Service:
             self._delivery.stop()
         self._config.socket.unlink(missing_ok=True)
         self._spool.close()
-        os.close(self._socket_lock)
+        os.close(self._runtime_lock)
 
     # ── the loop ──
 
     def _turn(self, wait_s: float = LOOK_EVERY_S) -> None:
         self._intake.turn(wait_s)
         if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
+            if self._intake.bind_again():
+                log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
             _notify_systemd("WATCHDOG=1")
@@ -169,18 +173,26 @@ class Service:
 # ── the start ──
 
 
-def _lock_socket(config: Config) -> int:
-    """Two daemons at one socket would take it from each other."""
+def _allow_many_files() -> None:
+    """A node may have hundreds of ranks, each with a connection and a journal: two descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _lock_runtime_folder(config: Config) -> int:
+    """Two daemons at one socket would take it from each other; two sockets in one folder would
+    share the journals beside them."""
     try:
         private_dir(config.socket.parent)
-        lock = lock_file(config.socket.with_name(config.socket.name + ".lock"))
+        lock = lock_file(config.socket.parent / RUNTIME_LOCK)
     except (RelayError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
     if lock is None:
         raise CommandError(
-            f"another daemon serves {config.socket}: `mlflow-relay status` shows it; stop that "
-            "one first, or choose another --socket and --spool"
+            f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "
+            "that one first, or choose a --socket in another folder, and another --spool"
         )
     return lock
 

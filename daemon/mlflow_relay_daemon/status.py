@@ -136,10 +136,10 @@ def read_spool(folder: Path) -> dict[str, Any]:
 
     disk = Disk()
     runs = []
-    for path in sorted((folder / RUNS).glob("*")):
+    for path in sorted(each for each in (folder / RUNS).glob("*") if each.is_dir()):
         try:
             run = RunSpool(disk, path, cards.read(path), segment_bytes_max=1 << 30)
-        except (FormatError, VersionError, FileNotFoundError) as error:
+        except (FormatError, VersionError, OSError) as error:
             runs.append({**_unreadable(path), "last_error": str(error)})
             continue
         try:

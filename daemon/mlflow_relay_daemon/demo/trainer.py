@@ -4,12 +4,11 @@ This is the code to look at. With the relay, a rank needs `start_run` and `log_m
 else: no check for rank 0, no credentials, no retries, no try around logging. `Witness` and `Pace`
 belong to the demo alone.
 
-    RANK=0 WORLD_SIZE=4 python -m mlflow_relay_daemon.demo.trainer FOLDER MEETING_PLACE STEPS STEP_S
+    RANK=0 WORLD_SIZE=4 python -m mlflow_relay_daemon.demo.trainer FOLDER MEETING_PLACE STEP_S
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -24,45 +23,48 @@ from .all_reduce import AllReduce
 from .witness import Witness
 
 EXPERIMENT, RUN_NAME = "mlflow-relay demo", "digits"
+ENOUGH = "enough"  #: a file of this name ends the training
 LEARNING_RATE, BATCH = 0.5, 32
+STEPS_MAX = 5000
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Labels = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def train(all_reduce: AllReduce, folder: Path, steps: int, step_s: float) -> None:
-    """Train on this rank's share of the data, in step with the other ranks."""
+def train(all_reduce: AllReduce, folder: Path, step_s: float) -> None:
+    """Train on this rank's share of the data, in step with the other ranks, until told `enough`."""
     rank, world_size = all_reduce.rank, all_reduce.world_size
     digits = np.load(folder / "digits.npz")
     images, labels = digits["images"][rank::world_size], digits["labels"][rank::world_size]
     test_images, test_labels = digits["test_images"], digits["test_labels"]
     weights = np.zeros((images.shape[1], 10))
     random = np.random.default_rng(rank)
-    pace, witness = Pace(step_s), Witness(rank)
+    pace, witness, enough = Pace(step_s), Witness(rank), folder / ENOUGH
 
-    params = {"lr": LEARNING_RATE, "batch": BATCH, "ranks": world_size, "steps": steps}
+    params = {"lr": LEARNING_RATE, "batch": BATCH, "ranks": world_size}
     with mlflow_relay.start_run(EXPERIMENT, RUN_NAME, params=params) as run:
         log_metrics = witness.watch(run.log_metrics)
-        for step in range(steps):
+        for step in range(STEPS_MAX):
             pace.wait()
             started_s = time.perf_counter()
             batch = random.choice(len(images), BATCH, replace=False)
             loss, gradient = loss_and_gradient(weights, images[batch], labels[batch])
             computed_s = time.perf_counter()
-            mean = all_reduce.mean(np.append(gradient, loss))
+            mean = all_reduce.mean(np.append(gradient, (loss, enough.exists())))
+            mean_gradient, mean_loss, told = mean[:-2].reshape(weights.shape), mean[-2], mean[-1]
             reduced_s = time.perf_counter()
-            lr = LEARNING_RATE * (1 + math.cos(math.pi * step / steps)) / 2
-            weights -= lr * mean[:-1].reshape(weights.shape)
+            lr = LEARNING_RATE / (1 + step / 500)
+            weights -= lr * mean_gradient
             test_accuracy = accuracy(weights, test_images, test_labels)
             log_metrics(
                 {
                     "train/loss": loss,
-                    "train/mean_loss": mean[-1],
+                    "train/mean_loss": mean_loss,
                     "train/accuracy": accuracy(weights, images[batch], labels[batch]),
                     "test/accuracy": test_accuracy,
                     "lr": lr,
                     "norm/gradient": np.linalg.norm(gradient),
-                    "norm/mean_gradient": np.linalg.norm(mean[:-1]),
+                    "norm/mean_gradient": np.linalg.norm(mean_gradient),
                     "norm/weights": np.linalg.norm(weights),
                     "ms/compute": 1000 * (computed_s - started_s),
                     "ms/all_reduce": 1000 * (reduced_s - computed_s),
@@ -71,6 +73,8 @@ def train(all_reduce: AllReduce, folder: Path, steps: int, step_s: float) -> Non
             )
             if rank == 0:
                 print(step + 1, test_accuracy, flush=True)  # noqa: T201  # the conductor reads it
+            if told:  # by any rank's look, and so in all ranks at the same step
+                break
     witness.write(folder)
 
 
@@ -108,6 +112,6 @@ class Pace:
 
 
 if __name__ == "__main__":
-    folder, meeting_place, steps, step_s = sys.argv[1:]
+    folder, meeting_place, step_s = sys.argv[1:]
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    train(AllReduce(rank, world_size, Path(meeting_place)), Path(folder), int(steps), float(step_s))
+    train(AllReduce(rank, world_size, Path(meeting_place)), Path(folder), float(step_s))

@@ -44,7 +44,7 @@ class Disk:
 
     def make_folder(self, path: Path) -> None:
         """Make a folder that is there after a crash, too."""
-        path.mkdir(mode=0o700)
+        path.mkdir(mode=0o700, exist_ok=True)
         self.sync_folder(path.parent)
 
     def replace(self, path: Path, data: bytes, *, durable: bool) -> None:

@@ -74,12 +74,9 @@ class RunSpool:
         if writer is None:
             writer = self._begin_segment()
         data = b"".join([frame for _, frame in arrivals])
-        try:
-            writer.append(data)
-        finally:
-            with self.lock:
-                self._ends[writer.number] = writer.synced
-        with self.lock:
+        writer.append(data)
+        with self.lock:  # size and counts change together, or the lane could settle one of them
+            self._ends[writer.number] = writer.synced
             for header, _ in arrivals:
                 self._count(header)
 
@@ -268,6 +265,8 @@ class RunSpool:
             for piece in segment.iter_pieces(fd, self._start_of(number), end):
                 if piece.header is not None:
                     self._count(piece.header)
+            # Frames that were written and not synced are about to be acknowledged.
+            self._disk.sync(fd)
         self.accepted_records = max(self.accepted_records, self.mark.settled_records)
 
     # ── files ──

@@ -58,12 +58,17 @@ class Sequences:
         ahead = sorted(self._ahead.pop(session, []))
         at = self.next_seq(session)
         end = before if before is not None else max([at, *(high for _, high in ahead)])
-        lost = 0
-        for low, high in [*ahead, (end, end)]:
-            if low > at:
-                lost += min(low, end) - at if at < end else 0
+        rest, lost = [], 0
+        for low, high in ahead:
+            if low > max(at, end):
+                rest.append((low, high))
+                continue
+            lost += max(0, low - at)
             at = max(at, high)
+        lost += max(0, end - at)
         self._next[session] = max(at, end)
+        if rest:
+            self._ahead[session] = rest
         self.missing += lost
         return lost
 

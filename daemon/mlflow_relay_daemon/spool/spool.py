@@ -28,6 +28,10 @@ RUNS, QUARANTINE, LOCK = "runs", "quarantine", "lock"
 FREE_SPACE_EVERY_S = 0.2
 
 
+class RunLeftAlone(Exception):
+    """What stands in the spool of this run cannot be read now, and must not be written over."""
+
+
 class SpoolTaken(Exception):
     """Another daemon holds this spool."""
 
@@ -56,33 +60,37 @@ class Spool:
         self.disk, self.folder = disk, folder
         self.bytes_max, self.free_bytes_min = bytes_max, free_bytes_min
         self.runs: dict[str, RunSpool] = {}
+        self._left_alone: dict[str, str] = {}  # runs that cannot be opened, and why
+        self._not_movable: set[Path] = set()
         self._segment_bytes_max = segment_bytes_max
         self._free_bytes, self._free_asked_s = 0, float("-inf")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        disk.sync_folder(folder.parent)
         lock = lock_file(folder / LOCK)
         if lock is None:
             raise SpoolTaken(str(folder))
         self._lock = lock
         for name in (RUNS, QUARANTINE):
-            if not (folder / name).exists():
-                disk.make_folder(folder / name)
+            disk.make_folder(folder / name)
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
         for path in sorted((folder / RUNS).iterdir()):
-            self._open_found(path)
+            if path.is_dir():  # else it is nothing of ours
+                self._open_found(path)
 
     def open_run(self, card: Card) -> RunSpool:
-        """Return the run of this card; a new folder is on the disk when this returns.
+        """Return the run of this card; a new folder, still without a card, is on the disk then.
 
-        Raises: OSError.
+        Raises: OSError; RunLeftAlone.
         """
         run = self.runs.get(card.run_id)
         if run is None:
+            why = self._left_alone.get(card.run_id)
+            if why is not None:
+                raise RunLeftAlone(f"the daemon cannot read what it has of this run: {why}")
             self.check_space(0)
             folder = self.folder / RUNS / card.run_id
-            if not folder.exists():
-                self.disk.make_folder(folder)
+            self.disk.make_folder(folder)
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
-            run.save_card()
             self.runs[card.run_id] = run
         return run
 
@@ -106,12 +114,15 @@ class Spool:
 
     def quarantine(self, path: Path, why: object) -> None:
         """Put aside what cannot be read, so that it stops nobody and can be looked at."""
+        if path in self._not_movable:
+            return
         target = self.folder / QUARANTINE / f"{time.time_ns()}-{path.name}"
         log.error("%s cannot be read (%s): put aside as %s", path.name, why, target)
         self.quarantined += 1
         try:
             shutil.move(path, target)
         except OSError as error:
+            self._not_movable.add(path)
             log.error("%s cannot be put aside: %s", path.name, error.strerror)
 
     def close(self) -> None:
@@ -124,13 +135,18 @@ class Spool:
     def _open_found(self, folder: Path) -> None:
         """Open a run that an earlier life left; nothing in it may stop the daemon."""
         try:
+            if not any(folder.iterdir()):
+                folder.rmdir()  # a crash before its card was written
+                return
             card = self._card_of(folder)
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
         except VersionError as error:
+            self._left_alone[folder.name] = str(error)
             log.error("run %s is left alone: %s", folder.name, error)
         except (FormatError, ValueError) as error:
             self.quarantine(folder, error)
         except OSError as error:
+            self._left_alone[folder.name] = error.strerror or str(error)
             log.error("run %s cannot be read and is left alone: %s", folder.name, error)
         else:
             self.runs[card.run_id] = run
