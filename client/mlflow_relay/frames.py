@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from zlib import crc32
 
 from .errors import FormatError, VersionError
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 MAGIC = b"MRF"
 VERSION = 1
@@ -93,6 +96,20 @@ def check_frame(data: bytes | memoryview, offset: int = 0) -> Header:
     return header
 
 
+def check_other_version(data: bytes | bytearray) -> None:
+    """Raises: VersionError: the data begin with a whole frame of another version.
+
+    Its CRC, which holds over the version too, tells it from a damaged frame of this one.
+    """
+    version = data[len(MAGIC)]
+    body_bytes, crc = int.from_bytes(data[32:36], "little"), int.from_bytes(data[36:40], "little")
+    whole = HEADER_BYTES + body_bytes
+    if version == VERSION or whole > len(data):
+        return
+    if crc32(data[HEADER_BYTES:whole], crc32(data[:_CRC_AT])) == crc:
+        raise VersionError(f"frame of version {version}; this release reads version {VERSION}")
+
+
 def read_frame(data: bytes) -> Header:
     """Return the header of a message that must be one whole frame and nothing else.
 
@@ -122,7 +139,7 @@ def iter_entries(body: bytes | memoryview) -> Iterator[bytes | None]:
 
 
 def cut_entries(
-    entries: bytes | memoryview, start: int, end: int, bytes_max: int
+    entries: bytes | memoryview | mmap, start: int, end: int, bytes_max: int
 ) -> tuple[int, int]:
     """Return (count, end) of the entries from `start` that fit into `bytes_max`, at least one.
 

@@ -35,10 +35,10 @@ from .journal_files import (
 
 #: Room that is kept in each file for the END of a session: a full journal must not turn a good end
 #: into a vanished rank.
-END_BYTES_MAX = 4096
+END_BYTES_MAX = 9 << 10
 #: Two of these (one in use, one in reserve) are what a journal starts with.
 ENTRIES_FILE_BYTES = 8 << 20
-ENTRIES_FILE_BYTES_MIN = 64 << 10
+ENTRIES_FILE_BYTES_MIN = 32 << 10
 
 
 class SentFrame(NamedTuple):
@@ -62,6 +62,7 @@ class _EntriesFile:
         self.path = path
         self.tail = ENTRIES_AT
         self.limit = size - END_BYTES_MAX
+        self.next: _EntriesFile | None = None  # the file in which the session goes on
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # A sparse mapping on a full file system is a SIGBUS in the middle of training.
@@ -73,8 +74,8 @@ class _EntriesFile:
             raise
         finally:
             os.close(fd)
-        self.view = memoryview(self.map)
-        self.words = self.view[:ENTRIES_AT].cast("Q")
+        # The only view of the map: a forked child can let go of both at any moment.
+        self.words = memoryview(self.map)[:ENTRIES_AT].cast("Q")
 
     def begin(self, session: bytes, first_seq: int) -> None:
         """Take the file into use; the first record in it will have this sequence number."""
@@ -84,7 +85,6 @@ class _EntriesFile:
 
     def close(self, *, unlink: bool) -> None:
         self.words.release()
-        self.view.release()
         self.map.close()
         if unlink:
             self.path.unlink(missing_ok=True)
@@ -118,12 +118,15 @@ class Journal:
         self.lost = 0  #: records that found the journal full
         self.in_flight_bytes = 0
         self._lock = RLock()  # a signal handler may log in the middle of a log call
-        self._file_bytes = max(ENTRIES_FILE_BYTES_MIN, min(file_bytes, bytes_max))
-        self._files_max = max(1, bytes_max // self._file_bytes)
+        # At least two: one can be given back only when there is another to go on in.
+        self._file_bytes = max(ENTRIES_FILE_BYTES_MIN, min(file_bytes, bytes_max // 2))
+        self._files_max = max(2, bytes_max // self._file_bytes)
+        self._files_made = 0
         self._numbers = count(1)
-        self._files: deque[_EntriesFile] = deque()
+        self._oldest: _EntriesFile | None = None
         self._spare: _EntriesFile | None = None
-        self._rolling = self._sealed = False
+        self._rolling = 0
+        self._sealed = False
         self._in_flight: deque[SentFrame] = deque()
         try:
             self._open_base(card)
@@ -138,7 +141,7 @@ class Journal:
                 "Set MLFLOW_RELAY_SOCKET to a path in a folder that has space for it"
             ) from error
         self._current.begin(session, 0)
-        self._files.append(self._current)
+        self._oldest = self._current
         self._sent_to = (self._current, ENTRIES_AT)
         # Only now may the daemon see it: complete, and locked.
         os.rename(self.path.with_suffix(NEW_SUFFIX), self.path)
@@ -194,21 +197,34 @@ class Journal:
         The spare is ready, unless 8 MB came between two ticks of the sender: only then is a file
         made here, in the caller's thread.
         """
-        if self._rolling or size > self._file_bytes - ENTRIES_AT - END_BYTES_MAX:
+        if size > self._file_bytes - ENTRIES_AT - END_BYTES_MAX:
             return False
-        self._rolling = True
+        full = self._current
+        self._rolling += 1
         try:
             # Taken out before it is looked at: the sender may put another there at any moment.
             file, self._spare = self._spare, None
             file = file or self._try_make_file()
             if file is None:
-                return False
-            file.begin(self.session, self.next_seq)
-            self._files.append(file)
-            self._current = file
-            return True
+                return self._current is not full
+            seq = self.next_seq
+            file.begin(self.session, seq)
         finally:
-            self._rolling = False
+            self._rolling -= 1
+        # A signal handler that logged meanwhile may have gone on to a file of its own. As in
+        # `append`, there must be no call from the question to the answer.
+        if self._current is full and self.next_seq == seq:
+            full.next = file
+            self._current = file
+        else:
+            self._put_back(file)
+        return True
+
+    def _put_back(self, file: _EntriesFile) -> None:
+        if self._spare is None:
+            self._spare = file
+        else:
+            self._close_file(file, unlink=True)
 
     # ── the sender ──
 
@@ -230,10 +246,11 @@ class Journal:
                 break
             if not left:
                 return None
-            file, at = self._files[self._files.index(file) + 1], ENTRIES_AT
+            assert file.next is not None  # it was left
+            file, at = file.next, ENTRIES_AT
         seq = self._in_flight[-1].next_seq if self._in_flight else self.acked
-        records, end = cut_entries(file.view, at, file.tail, FRAME_BYTES_TARGET)
-        data = pack_frame(self.session, seq, records, file.view[at:end])
+        records, end = cut_entries(file.map, at, file.tail, FRAME_BYTES_TARGET)
+        data = pack_frame(self.session, seq, records, file.map[at:end])
         return SentFrame(data, seq, seq + records, (file, at), (file, end))
 
     def mark_sent(self, frame: SentFrame) -> None:
@@ -250,8 +267,10 @@ class Journal:
             self.acked = frame.next_seq
         self._words[ACKED_WORD] = self.acked
         keep = self._in_flight[0].start[0] if self._in_flight else self._sent_to[0]
-        while self._files[0] is not keep:
-            self._files.popleft().close(unlink=True)
+        while self._oldest is not None and self._oldest is not keep:
+            following = self._oldest.next
+            self._close_file(self._oldest, unlink=True)
+            self._oldest = following
 
     def rewind(self, next_seq: int) -> None:
         """The spool has all before `next_seq` and asks for what follows: send it again."""
@@ -268,9 +287,9 @@ class Journal:
         sending, when the frame was cut elsewhere."""
         file, at = self._sent_to
         while self.acked < seq:
-            if at >= file.tail:
-                file, at = self._files[self._files.index(file) + 1], ENTRIES_AT
-            _, at = cut_entries(file.view, at, file.tail, 0)
+            if at >= file.tail and file.next is not None:
+                file, at = file.next, ENTRIES_AT
+            _, at = cut_entries(file.map, at, file.tail, 0)
             self.acked += 1
         self._sent_to = file, at
 
@@ -282,22 +301,22 @@ class Journal:
     def close(self, *, unlink: bool) -> None:
         """Unmap and unlock.
 
-        Args: unlink: True once all is acked; False where the files must stay for the daemon.
+        Args:
+            unlink: True once all is acked; False where the files must stay for the daemon, and in
+                a forked child, which lets go of its parent's.
         """
-        spares = [self._spare] if self._spare else []
-        for file in (*self._files, *spares):
-            file.close(unlink=unlink)
-        self._files.clear()
-        self._spare = None
+        file = self._oldest
+        while file is not None:
+            self._close_file(file, unlink=unlink)
+            file = file.next
+        if self._spare is not None:
+            self._close_file(self._spare, unlink=unlink)
+        self._oldest = self._spare = None
         self._words.release()
         self._base.close()
         if unlink:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(NEW_SUFFIX).unlink(missing_ok=True)
-        os.close(self._fd)
-
-    def let_go(self) -> None:
-        """In a forked child: the files are the parent's."""
         os.close(self._fd)
 
     # ── files ──
@@ -320,11 +339,18 @@ class Journal:
 
     def _make_file(self) -> _EntriesFile:
         name = f"{self.session.hex()}.{next(self._numbers):06d}{ENTRIES_SUFFIX}"
-        return _EntriesFile(self.path.with_name(name), self._file_bytes)
+        file = _EntriesFile(self.path.with_name(name), self._file_bytes)
+        self._files_made += 1
+        return file
+
+    def _close_file(self, file: _EntriesFile, *, unlink: bool) -> None:
+        file.close(unlink=unlink)
+        self._files_made -= 1
 
     def _try_make_file(self) -> _EntriesFile | None:
         """Return a new file, or None if the limit is reached or the file system has no space."""
-        if len(self._files) + bool(self._spare) >= self._files_max:
+        # One more where a signal handler came in between a file's making and its use.
+        if self._files_made >= self._files_max + max(0, self._rolling - 1):
             return None
         try:
             return self._make_file()

@@ -1,7 +1,7 @@
 """Bytes of the two files of a journal ⇄ values. Pure; the daemon reads dead ranks' files with it.
 
     <session>.journal       magic, length and CRC of the card; counters; the card
-    <session>.<n>.entries   magic, session, first sequence number; tail; entries (frames.py)
+    <session>.<n>.entries   magic, CRC, session, first sequence number; tail; entries
 
 Counters and tail are 8-byte words in the machine's order: they change by one aligned store, so that
 there is no half of them, and they never leave the machine. See PROTOCOL.md, Journal.
@@ -30,7 +30,7 @@ CARD_AT = 64
 CARD_BYTES_MAX = 1 << 20
 
 # An entries file.
-_ENTRIES_HEAD = struct.Struct("<3sB4x16sQ")  # magic, version, session, first sequence number
+_ENTRIES_HEAD = struct.Struct("<3sBI16sQ")  # magic, version, CRC, session, first sequence number
 TAIL_WORD = 4
 _TAIL = struct.Struct("@Q")
 _TAIL_AT = 32
@@ -71,7 +71,19 @@ def read_counters(data: bytes) -> tuple[int, int, int]:
 
 def pack_entries_head(session: bytes, first_seq: int) -> bytes:
     """Return what stands at the start of an entries file, before its tail."""
-    return _ENTRIES_HEAD.pack(_ENTRIES_MAGIC, _VERSION, session, first_seq)
+    crc = crc32(session + first_seq.to_bytes(8, "little"))
+    return _ENTRIES_HEAD.pack(_ENTRIES_MAGIC, _VERSION, crc, session, first_seq)
+
+
+def _read_entries_head(data: bytes) -> tuple[bytes, int]:
+    """Return (session, first sequence number). Raises: FormatError, VersionError."""
+    if len(data) < ENTRIES_AT:
+        raise FormatError(f"entries file of {len(data)} bytes")
+    magic, version, crc, session, first_seq = _ENTRIES_HEAD.unpack_from(data)
+    _check_magic(magic, version, _ENTRIES_MAGIC)
+    if crc32(session + first_seq.to_bytes(8, "little")) != crc:
+        raise FormatError("the head of the entries file is damaged")
+    return session, first_seq
 
 
 def first_seq_of(data: bytes) -> int | None:
@@ -79,10 +91,10 @@ def first_seq_of(data: bytes) -> int | None:
 
     Args: data: at least its first ENTRIES_AT bytes.
     """
-    if len(data) < ENTRIES_AT:
+    try:
+        return _read_entries_head(data)[1]
+    except FormatError:
         return None
-    magic, _, _, first_seq = _ENTRIES_HEAD.unpack_from(data)
-    return int(first_seq) if magic == _ENTRIES_MAGIC else None
 
 
 class Salvage(NamedTuple):
@@ -101,12 +113,9 @@ def salvage_entries(data: bytes, session: bytes, from_seq: int) -> Salvage:
 
     Raises: FormatError, VersionError: not an entries file of this session.
     """
-    if len(data) < ENTRIES_AT:
-        raise FormatError(f"entries file of {len(data)} bytes")
-    magic, version, owner, first_seq = _ENTRIES_HEAD.unpack_from(data)
     if not any(data[:ENTRIES_AT]):
         return Salvage([], from_seq, 0)  # the spare: nothing was ever put into it
-    _check_magic(magic, version, _ENTRIES_MAGIC)
+    owner, first_seq = _read_entries_head(data)
     if owner != session:
         raise FormatError("entries of another session")
     (tail,) = _TAIL.unpack_from(data, _TAIL_AT)

@@ -98,7 +98,7 @@ class MetricsPacker:
         form, fixed = layout
         try:
             return form.pack(_METRICS_HEAD, timestamp_ms, _INT64, step, fixed, *metrics.values())
-        except (struct.error, OverflowError):
+        except (struct.error, OverflowError, TypeError):
             values = [to_float(key, value) for key, value in metrics.items()]
             return form.pack(_METRICS_HEAD, timestamp_ms, _INT64, to_step(step), fixed, *values)
 
@@ -147,14 +147,17 @@ def unpack_record(record: bytes) -> Record:
     """
     try:
         match msgpack.unpackb(record):
-            case [int(kind), int(timestamp_ms), steps, [*keys], bytes(packed)] if kind == METRICS:
+            case [kind, timestamp_ms, steps, [*keys], bytes(packed)] if kind == METRICS:
                 values = struct.unpack(f">{len(packed) // 8}d", packed)
-                step_list = [steps] * len(keys) if isinstance(steps, int) else steps
+                step_list = [steps] * len(keys) if type(steps) is int else steps
+                _check_kind_and_time(kind, timestamp_ms)
                 _check_metrics(keys, values, step_list)
                 return Metrics(timestamp_ms, step_list, keys, values)
-            case [int(kind), int(timestamp_ms), {**items}] if kind in (PARAMS, TAGS):
+            case [kind, timestamp_ms, {**items}] if kind in (PARAMS, TAGS):
+                _check_kind_and_time(kind, timestamp_ms)
                 return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
-            case [int(kind), int(timestamp_ms), str(status), str(reason)] if kind == END:
+            case [kind, timestamp_ms, str(status), str(reason)] if kind == END:
+                _check_kind_and_time(kind, timestamp_ms)
                 if status not in END_STATUSES:
                     raise FormatError(f"a run cannot end {status!r}")
                 return End(timestamp_ms, status, reason)
@@ -190,7 +193,8 @@ def to_text(what: str, key: str, value: object) -> str:
 def to_float(key: str, value: Any) -> float:
     """Return the number. Raises: TypeError: it is none; names key and value."""
     try:
-        return float(value if hasattr(value, "__float__") else value.item())
+        has_float = hasattr(value, "__float__") or hasattr(value, "__index__")
+        return float(value if has_float else value.item())
     except OverflowError:
         raise ValueError(f"metric {key!r}: {_short(value)} is too large for a float64") from None
     except Exception as error:  # whatever a foreign __float__ or item raises
@@ -259,9 +263,19 @@ def _bin_head(size: int) -> bytes:
     return b"\xc6" + size.to_bytes(4, "big")
 
 
+def _check_kind_and_time(kind: object, timestamp_ms: object) -> None:
+    # `type` and not isinstance: True is no number here, as it is none for MLflow.
+    if type(kind) is not int or type(timestamp_ms) is not int:
+        raise FormatError("a kind or time that is no number")
+    if not _STEP_MIN <= timestamp_ms <= _STEP_MAX:
+        raise FormatError("a time beyond 64 bits")
+
+
 def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> None:
     if not isinstance(steps, list) or not len(keys) == len(values) == len(steps) > 0:
         raise FormatError("keys, steps and values differ in number")
+    if len(keys) > METRICS_PER_RECORD_MAX:
+        raise FormatError(f"{len(keys)} metrics in one record")
     if set(map(type, keys)) != {str} or set(map(type, steps)) != {int}:
         raise FormatError("a key that is no text, or a step that is no number")
     if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
@@ -271,6 +285,8 @@ def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> 
 def _check_texts(items: Mapping[Any, Any]) -> Mapping[str, str]:
     if set(map(type, items)) | set(map(type, items.values())) != {str}:
         raise FormatError("a key or value that is no text")
+    if len(items) > TEXTS_PER_RECORD_MAX:
+        raise FormatError(f"{len(items)} texts in one record")
     return items
 
 

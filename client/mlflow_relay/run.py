@@ -28,7 +28,7 @@ from .session import Session
 log = logging.getLogger("mlflow_relay")
 
 RANK_METRICS = ("prefix", "zero", "all")
-_REASON_CHARS_MAX = 500  # four bytes each at most: it must fit into journal.END_BYTES_MAX
+_REASON_CHARS_MAX = 2000  # four bytes each at most: it must fit into journal.END_BYTES_MAX
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _started = 0  # start_run calls of this process that came to something
@@ -92,8 +92,8 @@ def start_run(
         rank_metrics=rank_metrics,
         socket=Path(socket) if socket is not None else default_socket(),
         autostart=settings.autostart(env) if autostart is None else autostart,
-        journal_bytes_max=journal_bytes_max or settings.journal_bytes_max(env),
-        end_timeout_s=settings.end_timeout_s(env) if end_timeout_s is None else end_timeout_s,
+        journal_bytes_max=settings.journal_bytes_max(env, journal_bytes_max),
+        end_timeout_s=settings.end_timeout_s(env, end_timeout_s),
     )
     try:
         run.log_params(params or {})
@@ -286,6 +286,8 @@ class Run:
         self.mlflow_run_id = mlflow_run_id
 
     def _keep(self, record: bytes) -> None:
+        if self._ended:
+            raise RelayError(f"run {self.run_id} has ended: start_run makes a new one")
         session = self._session or self._open_session_of_child()
         if session is not None:
             session.journal.append(record)
@@ -293,8 +295,6 @@ class Run:
     def _open_session_of_child(self) -> Session | None:
         """First use after a fork. Returns None where there is no space for one more journal: that
         is no reason to stop a training that has begun."""
-        if self._ended:
-            raise RelayError(f"run {self.run_id} has ended: start_run makes a new one")
         try:
             self._session = self._open_session()
         except RelayError as error:

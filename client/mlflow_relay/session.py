@@ -9,9 +9,10 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from .errors import RelayError
 from .journal import Journal
 from .messages import SESSION_BYTES, pack_map
-from .paths import journal_dir, private_dir
+from .paths import SOCKET_PATH_BYTES_MAX, journal_dir, private_dir
 from .sender import Sender, State
 
 log = logging.getLogger("mlflow_relay")
@@ -19,10 +20,6 @@ log = logging.getLogger("mlflow_relay")
 #: How long `end` looks for a daemon that does not answer. The journal keeps the records, so there
 #: is nothing to wait for but a daemon that is just being restarted.
 NO_DAEMON_GRACE_S = 0.3
-
-
-#: Kept for ever: what a destructor closed here would be the parent's.
-_left_to_parents: list[Session] = []
 
 
 class Session:
@@ -47,6 +44,12 @@ class Session:
         on_mlflow_run_id: Callable[[str], None],
         on_no_daemon: Callable[[], None] | None = None,
     ) -> None:
+        length = len(os.fsencode(socket))
+        if length > SOCKET_PATH_BYTES_MAX:
+            raise RelayError(
+                f"the socket path {socket} has {length} bytes, a unix socket's may have "
+                f"{SOCKET_PATH_BYTES_MAX}: set MLFLOW_RELAY_SOCKET to a shorter one"
+            )
         private_dir(socket.parent)
         folder = private_dir(journal_dir(socket))
         name = os.urandom(SESSION_BYTES)
@@ -77,8 +80,5 @@ class Session:
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what is the parent's, and touch nothing of it."""
-        # Nothing is unmapped: the parent's sender may have been in the midst of it when the process
-        # was forked, and nobody here will ever let go for it.
-        _left_to_parents.append(self)
-        self.journal.let_go()
+        self.journal.close(unlink=False)
         self.sender.let_go()

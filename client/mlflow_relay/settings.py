@@ -12,19 +12,38 @@ JOURNAL_BYTES_MAX = 256 << 20
 END_TIMEOUT_S = 5.0
 
 
-def journal_bytes_max(env: Mapping[str, str]) -> int:
-    """Return MLFLOW_RELAY_JOURNAL_BYTES_MAX. Raises: RelayError: no number, or under 64 KiB."""
-    return int(_number(env, "MLFLOW_RELAY_JOURNAL_BYTES_MAX", JOURNAL_BYTES_MAX, 64 << 10))
+def journal_bytes_max(env: Mapping[str, str], given: object = None) -> int:
+    """Return the argument, else MLFLOW_RELAY_JOURNAL_BYTES_MAX.
+
+    Raises: TypeError, ValueError, RelayError: no number, or under 64 KiB.
+    """
+    name, low = "journal_bytes_max", 64 << 10
+    if given is not None:
+        return int(_checked(name, given, low))
+    return int(_number(env, "MLFLOW_RELAY_JOURNAL_BYTES_MAX", JOURNAL_BYTES_MAX, low))
 
 
-def end_timeout_s(env: Mapping[str, str]) -> float:
-    """Return MLFLOW_RELAY_END_TIMEOUT_S. Raises: RelayError: no number, or negative."""
+def end_timeout_s(env: Mapping[str, str], given: object = None) -> float:
+    """Return the argument, else MLFLOW_RELAY_END_TIMEOUT_S.
+
+    Raises: TypeError, ValueError, RelayError: no number, or negative.
+    """
+    if given is not None:
+        return _checked("end_timeout_s", given, 0)
     return _number(env, "MLFLOW_RELAY_END_TIMEOUT_S", END_TIMEOUT_S, 0)
 
 
 def autostart(env: Mapping[str, str]) -> bool:
     """Return whether MLFLOW_RELAY_AUTOSTART is set to something true."""
     return env.get("MLFLOW_RELAY_AUTOSTART", "").lower() in ("1", "true", "yes", "on")
+
+
+def _checked(name: str, given: object, low: float) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise TypeError(f"{name}={given!r} is a {type(given).__name__}; it must be a number")
+    if not low <= given < float("inf"):
+        raise ValueError(f"{name}={given!r}: a number of at least {low} is wanted")
+    return given
 
 
 def _number(env: Mapping[str, str], name: str, default: float, low: float) -> float:
@@ -35,6 +54,6 @@ def _number(env: Mapping[str, str], name: str, default: float, low: float) -> fl
         number = float(text)
     except ValueError:
         number = low - 1
-    if not number >= low:
+    if not low <= number < float("inf"):
         raise RelayError(f"{name}={text!r}: a number of at least {low} is wanted")
     return number

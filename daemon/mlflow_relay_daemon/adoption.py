@@ -191,6 +191,8 @@ class Watcher:
             if time.monotonic() - since_s > LOOK_BUDGET_S:
                 return False
             self._take_entries(hosted, session, each)
+        # What is in no file any more is a gap in the numbers, and counted as damage.
+        hosted.run.skip_to(session, self._watched[session].next_seq)
         self._runs.close_session(hosted, session, self._watched[session].lost)
         path.unlink(missing_ok=True)
         return True

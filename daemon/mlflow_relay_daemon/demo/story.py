@@ -270,7 +270,7 @@ class Story:
         if self._view is None:
             return
         words = self._ranks[0].last_line().split()
-        if len(words) == 2:
+        if len(words) == 2 and words[0].isdigit():
             step, accuracy = words
             self._view = self._view._replace(step=int(step), accuracy=float(accuracy))
         delivered, self._run_state = self._ask_daemon()
@@ -278,7 +278,8 @@ class Story:
             logged=self._view.step * RANKS * METRICS,
             delivered=max(delivered, self._view.delivered),
         )
-        self._narrator.show(self._view)
+        if self._view.step:
+            self._narrator.show(self._view)
 
     def _ask_daemon(self) -> tuple[int, str]:
         """Return points delivered, and the run's state."""

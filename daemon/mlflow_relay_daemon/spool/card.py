@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.spool.disk import Disk
@@ -65,23 +66,38 @@ class Card:
 
 def pack(card: Card) -> bytes:
     """Return the card as the bytes of its file."""
-    return json.dumps({"version": VERSION, **asdict(card)}, indent=1).encode()
+    values = asdict(card)
+    return json.dumps({"version": VERSION, "crc": _crc(values), **values}, indent=1).encode()
 
 
 def unpack(data: bytes) -> Card:
     """Return the card. Raises: FormatError: damaged; VersionError: of a later release."""
     try:
         values: dict[str, Any] = json.loads(data)
-        version = values.pop("version")
+        version, crc = values.pop("version"), values.pop("crc")
         if version != VERSION:
             raise VersionError(f"run card of version {version}; this release reads {VERSION}")
-        known = {each.name for each in fields(Card)}
-        card = Card(**{key: value for key, value in values.items() if key in known})
+        if crc != _crc(values):
+            raise FormatError("the run card is damaged: its CRC does not fit")
+        card = Card(**_known(Card, values))
         card.state = RunState(card.state)
-        card.sessions = {name: SessionCard(**each) for name, each in values["sessions"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        card.sessions = {
+            name: SessionCard(**_known(SessionCard, each))
+            for name, each in values["sessions"].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(f"the run card is damaged: {error}") from error
     return card
+
+
+def _crc(values: dict[str, Any]) -> int:
+    return crc32(json.dumps(values).encode())
+
+
+def _known(kind: type[Card | SessionCard], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that this release knows; a later one may have added others."""
+    names = {each.name for each in fields(kind)}
+    return {key: value for key, value in values.items() if key in names}
 
 
 def write(disk: Disk, folder: Path, card: Card) -> None:

@@ -263,7 +263,9 @@ class RunSpool:
         for number in unread:
             fd, end = self._descriptor(number), self._ends[number]
             for piece in segment.iter_pieces(fd, self._start_of(number), end):
-                if piece.header is not None:
+                # One that is not whole was torn before it was acknowledged, and comes again; or it was
+                # damaged later, and the rank will say that it has it no more.
+                if piece.header is not None and piece.whole:
                     self._count(piece.header)
             # Frames that were written and not synced are about to be acknowledged.
             self._disk.sync(fd)

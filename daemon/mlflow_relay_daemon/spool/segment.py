@@ -77,7 +77,10 @@ def read_head(fd: int) -> tuple[Head, int]:
     body = os.pread(fd, length, _HEAD.size)
     if len(body) != length or crc32(body) != crc:
         raise FormatError("the head of the segment is damaged")
-    return Head(*msgpack.unpackb(body, strict_map_key=False)), _HEAD.size + length
+    try:
+        return Head(*msgpack.unpackb(body, strict_map_key=False)), _HEAD.size + length
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"the head of the segment is damaged: {error}") from error
 
 
 def first_frame(fd: int, end: int) -> int:
@@ -95,14 +98,12 @@ def read_piece(fd: int, start: int, end: int, *, look: bool = True) -> Piece:
 
     Args:
         look: also into the records; without it only their frame is checked.
-    Raises: VersionError: written by a later release; nothing can be said of what follows.
     """
     head = os.pread(fd, min(frames.HEADER_BYTES, end - start), start)
     try:
         header = frames.read_header(head)
-    except VersionError:
-        raise
     except FormatError:
+        _check_version(fd, start, end)
         return Piece(start, _find_frame(fd, start + 1, end), None, [], whole=False)
     stop = start + frames.HEADER_BYTES + header.body_bytes
     body = os.pread(fd, header.body_bytes, start + frames.HEADER_BYTES)
@@ -114,7 +115,9 @@ def read_piece(fd: int, start: int, end: int, *, look: bool = True) -> Piece:
     except FormatError:
         whole = False
     records = list(frames.iter_entries(body)) if look or not whole else []
-    if not whole and (len(records) != header.records or not any(records)):
+    # Where all records are well, it is the header that is damaged, and nothing it says can be
+    # trusted; where none is, there is nothing to gain.
+    if not whole and (len(records) != header.records or all(records) or not any(records)):
         return Piece(start, _find_frame(fd, start + 1, end), None, [], whole=False)
     return Piece(start, stop, header, records, whole)
 
@@ -125,6 +128,13 @@ def iter_pieces(fd: int, start: int, end: int) -> Iterator[Piece]:
         piece = read_piece(fd, start, end, look=False)
         yield piece
         start = piece.end
+
+
+def _check_version(fd: int, start: int, end: int) -> None:
+    """Raises: VersionError: a whole frame of a later release stands there, and no damage."""
+    data = bytearray(os.pread(fd, min(end - start, frames.FRAME_BYTES_MAX), start))
+    if len(data) >= frames.HEADER_BYTES and data[: len(frames.MAGIC)] == frames.MAGIC:
+        frames.check_other_version(data)
 
 
 def _find_frame(fd: int, start: int, end: int) -> int:

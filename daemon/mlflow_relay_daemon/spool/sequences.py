@@ -78,11 +78,13 @@ class Sequences:
         self._ahead.pop(session, None)
 
     def _join(self, session: bytes) -> None:
-        rest = []
+        rest: list[tuple[int, int]] = []
         at = self.next_seq(session)
         for low, high in sorted(self._ahead.pop(session)):
             if low <= at:
                 at = max(at, high)
+            elif rest and low <= rest[-1][1]:
+                rest[-1] = rest[-1][0], max(high, rest[-1][1])
             else:
                 rest.append((low, high))
         self._next[session] = at

@@ -54,4 +54,7 @@ def read(folder: Path) -> Watermark | None:
     body = data[8:]
     if data[:4] != _MAGIC or crc32(body) != int.from_bytes(data[4:8], "little"):
         raise FormatError("the watermark is damaged")
-    return Watermark(*msgpack.unpackb(body, strict_map_key=False))
+    try:
+        return Watermark(*msgpack.unpackb(body, strict_map_key=False))
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"the watermark is damaged: {error}") from error
