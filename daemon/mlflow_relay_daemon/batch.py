@@ -42,6 +42,7 @@ class Batch:
     metrics: list[Metric] = field(default_factory=list)
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     objections: list[Objection] = field(default_factory=list)
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key

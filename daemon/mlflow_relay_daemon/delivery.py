@@ -58,7 +58,7 @@ class Delivery:
     def is_idle(self) -> bool:
         """Return whether no lane is being worked or waiting for its turn."""
         with self._changed:
-            return not self._busy and not self._due_s
+            return not self._busy and all(lane.is_parked for lane in self._due_s)
 
     def stop(self) -> None:
         """Let every thread finish its request and leave."""

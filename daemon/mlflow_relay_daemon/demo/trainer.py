@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlflow_relay
 import numpy as np
+
+import mlflow_relay
 
 from .all_reduce import AllReduce
 from .witness import Witness

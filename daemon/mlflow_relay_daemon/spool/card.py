@@ -33,6 +33,17 @@ class SessionCard:
 
 
 @dataclass
+class Link:
+    """A run that this one goes back to."""
+
+    asked: str  #: as the rank named it: a relay run id or an MLflow run id
+    mlflow_run_id: str | None = None  #: None: not known yet
+    is_told: bool = False  #: MLflow has tags and params of it
+    is_waiting: bool = False  #: MLflow has been told that it waits
+    is_dropped: bool = False  #: an operator gave it up
+
+
+@dataclass
 class Card:
     """What is known about one run."""
 
@@ -43,6 +54,13 @@ class Card:
     start_ms: int
     world_size: int
     tags: dict[str, str]  #: of the rank that came first: user, command, commit, ...
+    is_named: bool = False  #: by the user; else it takes its parent's name, or MLflow's
+    node_count: int = 0  #: 0: not told
+    resume_mode: str = "child"
+    parent: Link | None = None  #: the run that is resumed
+    fork: Link | None = None  #: the run whose weights this one started from
+    is_introduced: bool = False  #: MLflow has the params that say that it is its own origin
+    held: list[list[Any]] = field(default_factory=list)  #: texts that wait for a translation
     state: RunState = RunState.NEW
     experiment_id: str | None = None
     mlflow_run_id: str | None = None
@@ -51,6 +69,18 @@ class Card:
     end_ms: int | None = None
     end_reason: str = ""
     sessions: dict[str, SessionCard] = field(default_factory=dict)  #: by hex digits
+
+    def open_links(self) -> list[Link]:
+        """Return the links that MLflow does not have yet."""
+        links = [self.parent if self.resume_mode == "child" else None, self.fork]
+        return [each for each in links if each and not each.is_told and not each.is_dropped]
+
+    @property
+    def is_owned(self) -> bool:
+        """This daemon is on the node of global rank 0, or on the only one: it makes the run."""
+        return self.node_count == 1 or any(
+            session.primary and session.rank == 0 for session in self.sessions.values()
+        )
 
     @property
     def is_over(self) -> bool:
@@ -78,6 +108,8 @@ def unpack(data: bytes) -> Card:
         known = {each.name for each in fields(Card)}
         card = Card(**{key: value for key, value in values.items() if key in known})
         card.state = RunState(card.state)
+        card.parent = Link(**values["parent"]) if values.get("parent") else None
+        card.fork = Link(**values["fork"]) if values.get("fork") else None
         card.sessions = {name: SessionCard(**each) for name, each in values["sessions"].items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"the run card is damaged: {error}") from error

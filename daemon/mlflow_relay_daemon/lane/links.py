@@ -1,0 +1,165 @@
+"""A run's links to its parent and its fork, told to MLflow as soon as they can be.
+
+    start_run(...)   tags                                   params
+    new              -                                      run_params = its own MLflow run id
+    resume=A         resumedRun, mlflow.parentRunId = A     run_params = A
+    fork=A           forkedRun, forkedRunId = A             fork_params = A
+
+Where A is not known yet, the run is delivered all the same; the tag relay.waits_for says what it
+waits for, and texts that name A are held in the run's card.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from mlflow_relay_daemon.lane.destination import Destination
+from mlflow_relay_daemon.lane.lineage import (
+    FORKED_FROM_TAG,
+    FORKED_TAG,
+    PARENT_TAG,
+    RESUMED_TAG,
+    WAITS_FOR_TAG,
+    Resolver,
+)
+from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
+from mlflow_relay_daemon.sinks import Param, Refused, RunInfo, Tag
+from mlflow_relay_daemon.spool.card import Link
+
+log = logging.getLogger(__name__)
+
+#: How often links that wait are looked at again if nothing happens here that could help.
+LOOK_AGAIN_S = 15.0
+
+
+@dataclass(frozen=True)
+class LineageParams:
+    """The names of the params that keep the lineage; empty: none are written."""
+
+    run: tuple[str, ...] = ("training.run_id", "metadata.run_id")
+    fork: tuple[str, ...] = ("config.training.fork_run_id",)
+
+
+class Links:
+    """The links of one run. The owner's daemon tells them, for all nodes."""
+
+    def __init__(
+        self,
+        destination: Destination,
+        resolver: Resolver,
+        translation: Translation,
+        names: LineageParams,
+    ) -> None:
+        self._to, self._resolver = destination, resolver
+        self._translation, self._names = translation, names
+        self._look_at_s = 0.0
+
+    def look_again(self) -> None:
+        """There is news: do not wait until it is time."""
+        self._look_at_s = 0.0
+
+    def tell(self) -> bool:
+        """Tell MLflow every link that is known and was not told; idempotent.
+
+        Returns: whether something was told that others may wait for.
+        Raises: SinkError, Stopped.
+        """
+        card = self._to.card
+        if card.is_introduced and not self.is_waiting():
+            return False
+        now_s = time.monotonic()
+        if now_s < self._look_at_s:
+            return False
+        self._look_at_s = now_s + LOOK_AGAIN_S
+        before = len(card.open_links())
+        self._tell_all()
+        return len(card.open_links()) < before
+
+    def _tell_all(self) -> None:
+        card = self._to.card
+        if card.is_owned:
+            if not card.is_introduced and (card.parent is None or card.parent.is_dropped):
+                self._introduce()
+            for link in card.open_links():
+                found = self._look_up(link)
+                if found is None:
+                    self._say_that_it_waits(link)
+                elif found.run_id == card.mlflow_run_id:
+                    log.warning("run %s would be its own ancestor: link dropped", card.run_id)
+                    link.is_dropped = True
+                    self._save()
+                else:
+                    self._tell(link, found)
+        if card.held:
+            self._release_held()
+
+    def is_waiting(self) -> bool:
+        """Return whether something of this run waits for another run to be known."""
+        card = self._to.card
+        return bool(card.held or (card.is_owned and card.open_links()))
+
+    def _look_up(self, link: Link) -> RunInfo | None:
+        find = self._resolver.find_root if link is self._to.card.parent else self._resolver.find
+        return self._to.ask(lambda: find(link.asked))
+
+    def _introduce(self) -> None:
+        """A run that resumes none is its own origin."""
+        self._log_params(self._names.run, self._to.mlflow_run_id)
+        self._to.card.is_introduced = True
+        self._save()
+
+    def _tell(self, link: Link, found: RunInfo) -> None:
+        card = self._to.card
+        if link is card.parent:
+            names = self._names.run
+            tags: list[Tag] = [(RESUMED_TAG, "True"), (PARENT_TAG, found.run_id)]
+            if link.is_waiting:
+                tags.append((WAITS_FOR_TAG, ""))
+                if not card.is_named:
+                    self._to.update(run_name=found.run_name)
+        else:
+            names = self._names.fork
+            tags = [(FORKED_TAG, "True"), (FORKED_FROM_TAG, found.run_id)]
+        self._log_params(names, found.run_id)
+        self._to.set_tags(tags)
+        link.mlflow_run_id, link.is_told = found.run_id, True
+        self._save()
+
+    def _say_that_it_waits(self, link: Link) -> None:
+        """Let others, who may resume this run, know that its root is not known."""
+        if link is self._to.card.parent and not link.is_waiting:
+            self._to.set_tags([(WAITS_FOR_TAG, link.asked)])
+            link.is_waiting = True
+            self._save()
+
+    def _release_held(self) -> None:
+        """Deliver texts whose id can be translated by now."""
+        left = []
+        for kind, key, value in self._to.card.held:
+            translated = self._translation.of(value)
+            if translated is None:
+                left.append([kind, key, value])
+                continue
+            if kind == "param":
+                self._log_params((key,), translated)
+            else:
+                self._to.set_tags([(key, translated)])
+            if translated != value:
+                self._to.set_tags([(ORIGINAL_TAG + key, value)])
+        if len(left) < len(self._to.card.held):
+            self._to.card.held = left
+            self._save()
+
+    def _log_params(self, names: tuple[str, ...], value: str) -> None:
+        params: list[Param] = [(name, value) for name in names]
+        if not params:
+            return
+        try:
+            self._to.log([], params, [])
+        except Refused as refusal:  # the user's own value of that name was first, and stays
+            log.warning("run %s: %s", self._to.card.run_id, refusal)
+
+    def _save(self) -> None:
+        self._to.run.save_card()
