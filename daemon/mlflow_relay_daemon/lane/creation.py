@@ -24,7 +24,7 @@ from mlflow_relay_daemon.lane.destination import (
     RUN_KEY_TAG,
     Destination,
 )
-from mlflow_relay_daemon.lane.lineage import RESUMED_TAG, Resolver
+from mlflow_relay_daemon.lane.lineage import PARENT_TAG, RESUMED_TAG, WAITS_FOR_TAG, Resolver
 from mlflow_relay_daemon.sinks import NotYet, RunGone, RunInfo, Tag
 
 log = logging.getLogger(__name__)
@@ -118,21 +118,22 @@ class Creation:
             raise RunGone(f"run {found[0].run_id} was deleted in MLflow: restore it there")
         return active
 
-    def _name_of_parent(self) -> str:
-        """Return the name that a resumed child inherits, if its parent is known by now."""
-        parent = self._to.card.parent
-        found = self._resolver.find_root(parent.asked) if parent else None
-        return found.run_name if found else ""
-
     def _create(self, experiment_id: str) -> None:
-        card = self._to.card
+        card, parent = self._to.card, self._to.card.resumed_parent()
+        root = self._resolver.find_root(parent.asked) if parent else None
+        tags = {**card.tags, RUN_ID_TAG: card.run_id, RUN_KEY_TAG: card.run_key}
+        if root is not None:
+            tags |= {RESUMED_TAG: "True", PARENT_TAG: root.run_id}
+        elif parent is not None:
+            # From its first moment on: whoever resumes this run must not take it for a root.
+            tags[WAITS_FOR_TAG] = parent.asked
+            parent.is_waiting = True
         with self._to.run.lock:
             card.create_attempts += 1
             self._to.run.save_card()
-        tags = {**card.tags, RUN_ID_TAG: card.run_id, RUN_KEY_TAG: card.run_key}
         self._to.sink.create_run(
             experiment_id,
-            run_name=card.run_name if card.is_named else self._name_of_parent(),
+            run_name=root.run_name if root and not card.is_named else card.run_name,
             user=card.tags.get("mlflow.user", ""),
             start_time_ms=card.start_ms,
             tags=list(tags.items()),

@@ -67,7 +67,7 @@ class Links:
         Raises: SinkError, Stopped.
         """
         card = self._to.card
-        if card.is_introduced and not self.is_waiting():
+        if not self.is_waiting():
             return False
         now_s = time.monotonic()
         if now_s < self._look_at_s:
@@ -80,13 +80,13 @@ class Links:
     def _tell_all(self) -> None:
         card = self._to.card
         if card.is_owned:
-            if not card.is_introduced and (card.parent is None or card.parent.is_dropped):
+            if card.is_origin and not card.is_introduced:
                 self._introduce()
             for link in card.open_links():
                 found = self._look_up(link)
                 if found is None:
-                    self._say_that_it_waits(link)
-                elif found.run_id == card.mlflow_run_id:
+                    continue
+                if found.run_id == card.mlflow_run_id:
                     log.warning("run %s would be its own ancestor: link dropped", card.run_id)
                     link.is_dropped = True
                     self._save()
@@ -98,7 +98,8 @@ class Links:
     def is_waiting(self) -> bool:
         """Return whether something of this run waits for another run to be known."""
         card = self._to.card
-        return bool(card.held or (card.is_owned and card.open_links()))
+        is_untold = bool(card.open_links()) or (card.is_origin and not card.is_introduced)
+        return bool(card.held) or (card.is_owned and is_untold)
 
     def _look_up(self, link: Link) -> RunInfo | None:
         find = self._resolver.find_root if link is self._to.card.parent else self._resolver.find
@@ -126,13 +127,6 @@ class Links:
         self._to.set_tags(tags)
         link.mlflow_run_id, link.is_told = found.run_id, True
         self._save()
-
-    def _say_that_it_waits(self, link: Link) -> None:
-        """Let others, who may resume this run, know that its root is not known."""
-        if link is self._to.card.parent and not link.is_waiting:
-            self._to.set_tags([(WAITS_FOR_TAG, link.asked)])
-            link.is_waiting = True
-            self._save()
 
     def _release_held(self) -> None:
         """Deliver texts whose id can be translated by now."""

@@ -72,8 +72,17 @@ class Card:
 
     def open_links(self) -> list[Link]:
         """Return the links that MLflow does not have yet."""
-        links = [self.parent if self.resume_mode == "child" else None, self.fork]
+        links = [self.resumed_parent(), self.fork]
         return [each for each in links if each and not each.is_told and not each.is_dropped]
+
+    def resumed_parent(self) -> Link | None:
+        """Return the link to the run under which this one is to hang, if there is one."""
+        return None if self.is_origin or self.resume_mode != "child" else self.parent
+
+    @property
+    def is_origin(self) -> bool:
+        """It resumes no other run."""
+        return self.parent is None or self.parent.is_dropped
 
     @property
     def is_owned(self) -> bool:
