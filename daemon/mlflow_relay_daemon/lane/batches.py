@@ -30,6 +30,7 @@ class Batches:
         self._to, self._letters, self._translation = destination, letters, translation
         self._known_params: dict[str, str] = {}
         self._refused_keys: dict[str, Objection] = {}
+        self._overruled: set[str] = set()  # tags that wait, and that this batch sets anew
 
     def deliver_next(self, failures: int) -> bool:
         """Deliver the oldest records that fit into one request; return whether there were any.
@@ -47,6 +48,7 @@ class Batches:
     def _collect(self) -> tuple[Batch, Watermark]:
         """Return the oldest records that fit into one request, and the watermark behind them."""
         batch = Batch()
+        self._overruled.clear()
         mark = Watermark(**vars(self._to.run.mark))
         seen = Sequences(mark.sequences)
         for place, piece, behind in self._to.run.pieces():
@@ -93,12 +95,27 @@ class Batches:
     def _translated(
         self, batch: Batch, record: records.Params | records.Tags
     ) -> records.Params | records.Tags:
-        """Return the record with MLflow run ids in the place of relay run ids."""
-        if not self._translation.needed(record.items):
+        """Return the record with MLflow run ids in the place of relay run ids.
+
+        What must wait for an id is held, and left out. So that the last tag and the first param
+        stand all the same, a later tag takes the place of one that is held, and a later param of
+        another value is refused as if the one that is held were there.
+        """
+        if not (self._translation.needed(record.items) or batch.held or self._to.card.held):
             return record
         kind = "param" if isinstance(record, records.Params) else "tag"
         items: dict[str, str] = {}
         for key, value in record.items.items():
+            has = self._held(batch, kind, key)
+            if kind == "param" and has is not None:
+                if has != value:
+                    entry = Entry(kind, key, value, record.timestamp_ms, None)
+                    reason = f"the param waits for run {has} to be known; MLflow keeps the first"
+                    batch.objections.append(Objection(entry, reason))
+                continue
+            batch.held = [each for each in batch.held if each[:2] != ["tag", key]]
+            if has is not None:
+                self._overruled.add(key)
             translated = self._translation.of(value)
             if translated is None:
                 batch.held.append([kind, key, value])
@@ -107,6 +124,11 @@ class Batches:
             if translated != value:
                 batch.tags[ORIGINAL_TAG + key] = value
         return record._replace(items=items)
+
+    def _held(self, batch: Batch, kind: str, key: str) -> str | None:
+        """Return the value of this text that waits; None: there is none."""
+        waiting = [*self._to.card.held, *batch.held]
+        return next((value for *text, value in waiting if text == [kind, key]), None)
 
     def _deliver(self, batch: Batch, failures: int) -> None:
         """Bring the batch to MLflow; what it refuses is among the batch's objections then."""
@@ -160,9 +182,11 @@ class Batches:
         mark.delivered_points += len(batch.metrics)
         mark.last_record_ms = max(mark.last_record_ms, batch.last_record_ms)
         mark.damaged_records += batch.damaged
-        if batch.ends or batch.held:
+        if batch.ends or batch.held or self._overruled:
             with self._to.run.lock:
-                self._to.card.held += batch.held
+                held = self._to.card.held
+                kept = [text for text in held if text[0] != "tag" or text[1] not in self._overruled]
+                self._to.card.held = kept + batch.held
                 for session, end in batch.ends:
                     known = self._to.card.sessions.get(session.hex())
                     if known is not None:

@@ -19,17 +19,19 @@ from __future__ import annotations
 import logging
 
 from mlflow_relay_daemon.lane.destination import (
+    LAST_LIFE_TAG,
+    OWNER_TAG,
     RESUMED_BY_TAG,
     RUN_ID_TAG,
     RUN_KEY_TAG,
     Destination,
+    is_followed,
 )
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, RESUMED_TAG, WAITS_FOR_TAG, Resolver
 from mlflow_relay_daemon.sinks import NotYet, RunGone, RunInfo, Tag
 
 log = logging.getLogger(__name__)
 
-OWNER_TAG = "relay.owner"  #: the node that established the run
 #: Longer than it takes from a creation to the second search and the tag.
 RACE_GRACE_S = 2.0
 OWNER_WAIT_S = 2.0
@@ -74,6 +76,7 @@ class Creation:
     def go_on_with(self, asked: str) -> RunInfo:
         """Return the run that is resumed as itself, RUNNING again.
 
+        Args: asked: its id.
         Raises: NotYet: nobody knows it; RunGone: it was deleted; SinkError.
         """
         found = self._resolver.find(asked)
@@ -84,12 +87,14 @@ class Creation:
             )
         if found.lifecycle_stage != "active":
             raise RunGone(f"run {found.run_id}, which is to go on, was deleted: restore it")
-        tags: list[Tag] = [
-            (RESUMED_TAG, "True"),
-            (RESUMED_BY_TAG + self._to.card.run_id, "True"),
-        ]
+        card = self._to.card
+        tags: list[Tag] = [(RESUMED_TAG, "True"), (RESUMED_BY_TAG + card.run_id, "True")]
+        is_last = not is_followed(found.tags, card)
+        if is_last:
+            tags.append((LAST_LIFE_TAG, f"{card.start_ms} {card.run_id}"))
         self._to.sink.log_batch(found.run_id, [], [], tags)
-        self._to.sink.update_run(found.run_id, status="RUNNING")
+        if is_last:
+            self._to.sink.update_run(found.run_id, status="RUNNING")
         return found
 
     def remove_doubles(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 RUN_ID_TAG, RUN_KEY_TAG = "relay.run_id", "relay.run_key"
 RESUMED_BY_TAG = "relay.resumed_by."  #: followed by the relay run id that goes on with a run
+OWNER_TAG = "relay.owner"  #: the node that established the run
+#: Of a run that goes on as itself: when its last life began, and the relay run id of that.
+LAST_LIFE_TAG = "relay.last_life"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Destination:
     @property
     def witness(self) -> Tag:
         """A tag that the MLflow run has already: setting it again changes nothing."""
-        if self.card.resume_mode == "same" and self.card.parent is not None:
+        if self.card.resume_mode == "same" and not self.card.is_origin:
             return RESUMED_BY_TAG + self.card.run_id, "True"
         return RUN_ID_TAG, self.card.run_id
 
@@ -66,3 +69,11 @@ class Destination:
     def update(self, **changes: str | int) -> None:
         """Change status, end time or name of the MLflow run."""
         self.ask(lambda: self.sink.update_run(self.mlflow_run_id, **changes))  # type: ignore[arg-type]
+
+
+def is_followed(tags: Mapping[str, str], card: Card) -> bool:
+    """Return whether an MLflow run has a later life than the relay run of this card."""
+    begin, _, run_id = tags.get(LAST_LIFE_TAG, "").partition(" ")
+    if not begin.isdecimal() or run_id == card.run_id:
+        return False
+    return card.itself() is None or int(begin) > card.start_ms

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
-from mlflow_relay_daemon.lane.destination import Destination
+from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
 from mlflow_relay_daemon.lane.ending import Ending
-from mlflow_relay_daemon.lane.lineage import Resolver
+from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
 from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.retry import backoff_s
@@ -60,7 +60,7 @@ class Lane:
         self._to = destination
         translation = Translation(destination, resolver)
         self._creation = Creation(destination, resolver)
-        self._links = Links(destination, resolver, translation, lineage_params)
+        self._links = Links(destination, resolver, translation, lineage_params, letters)
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
 
@@ -90,9 +90,14 @@ class Lane:
         return self._batches.retry_letters(ids)
 
     def waits_for_others(self) -> bool:
-        """Return whether news of another run could help this one."""
+        """Return whether this run waits for another of this spool that can be named by now.
+
+        Asked of all lanes at every news, and each that says yes asks the server: so not "could any
+        news help", or hundreds of runs that wait for other nodes would ask once for each new run.
+        """
         card = self.run.card
-        return self._links.is_waiting() or (card.state is RunState.NEW and card.parent is not None)
+        is_same_to_come = card.state is RunState.NEW and card.itself() is not None
+        return (is_same_to_come or self._links.is_waiting()) and self._links.could_be_told()
 
     def look_again(self) -> None:
         """There is news of another run."""
@@ -114,8 +119,11 @@ class Lane:
         if card.state is RunState.NEW:
             self._create()
             return 0.0
-        if card.state is RunState.ENDED and self._ranks_alive():
-            self._ending.reopen()
+        if self._ranks_alive():
+            if card.state is RunState.ENDED:
+                self._ending.reopen()
+            else:
+                self._ending.take_back()
         if self._links.tell():
             self._on_news()
         if self._batches.deliver_next(self._failures):
@@ -131,13 +139,20 @@ class Lane:
 
     def _create(self) -> None:
         """Have an MLflow run, and know it. Crash: at any line, it is found again by its tag."""
-        card = self.run.card
-        parent = card.parent
-        if parent is not None and card.resume_mode == "same" and not parent.is_dropped:
-            found = self._to.ask(lambda: self._creation.go_on_with(parent.asked))
+        card, node = self.run.card, self._to.node
+        wanted = card.itself()
+        if wanted is not None:
+            found = self._to.ask(lambda: self._creation.go_on_with(wanted))
         else:
             found = self._to.ask(self._creation.find_or_create)
+            if self._ranks_alive() and found.tags.get(OWNER_TAG, node) != node:
+                self._ending.join(found)
         with self.run.lock:
+            if wanted != card.itself():
+                return  # meanwhile an operator has decided for another run, or for none
+            parent = card.resumed_parent()
+            if parent is not None and not parent.is_by_hand:
+                parent.mlflow_run_id = found.tags.get(PARENT_TAG)
             card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
             card.run_name = found.run_name
             card.state = next_state(card.state, RunEvent.CREATED)

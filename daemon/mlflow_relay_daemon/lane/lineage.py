@@ -76,6 +76,11 @@ class Resolver:
         """Return whether the id is a relay run id of this daemon's spool."""
         return self._card_of(asked) is not None
 
+    def is_known(self, asked: str) -> bool:
+        """Return whether the id is a relay run id of this spool that MLflow has a run of."""
+        card = self._card_of(asked)
+        return card is not None and card.mlflow_run_id is not None
+
     def find_root(self, asked: str) -> RunInfo | None:
         """Return the root of the run that an id means; None if it cannot be told yet."""
         found = self.find(asked)

@@ -41,6 +41,7 @@ class Link:
     is_told: bool = False  #: MLflow has tags and params of it
     is_waiting: bool = False  #: MLflow has been told that it waits
     is_dropped: bool = False  #: an operator gave it up
+    is_by_hand: bool = False  #: an operator named the run, in place of what the rank had named
 
 
 @dataclass
@@ -68,12 +69,38 @@ class Card:
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
-    sessions: dict[str, SessionCard] = field(default_factory=dict)  #: by hex digits
+    #: By hex digits. Grows while lanes look at it without the lock: they look at a list of it.
+    sessions: dict[str, SessionCard] = field(default_factory=dict)
 
     def open_links(self) -> list[Link]:
         """Return the links that MLflow does not have yet."""
         links = [self.resumed_parent(), self.fork]
         return [each for each in links if each and not each.is_told and not each.is_dropped]
+
+    def waiting_links(self) -> list[Link]:
+        """Return the links that wait here for a run to be known.
+
+        The owner's node tells the links. Other nodes need them all the same, to know the run that
+        goes on, and what texts that name it are to say.
+        """
+        links = self.open_links() if self.is_owned else []
+        if self.parent is not None and self.resume_mode == "same" and self.state is RunState.NEW:
+            links.append(self.parent)
+        held = {value for _, _, value in self.held}
+        links += [each for each in (self.parent, self.fork) if each and each.asked in held]
+        return [
+            each
+            for index, each in enumerate(links)
+            if not each.is_dropped
+            and each.mlflow_run_id is None
+            and not any(each is other for other in links[:index])
+        ]
+
+    def itself(self) -> str | None:
+        """Return the id of the run that goes on as itself (mode "same"), if one is to."""
+        if self.parent is None or self.is_origin or self.resume_mode != "same":
+            return None
+        return self.parent.asked
 
     def resumed_parent(self) -> Link | None:
         """Return the link to the run under which this one is to hang, if there is one."""
@@ -88,18 +115,20 @@ class Card:
     def is_owned(self) -> bool:
         """This daemon is on the node of global rank 0, or on the only one: it makes the run."""
         return self.node_count == 1 or any(
-            session.primary and session.rank == 0 for session in self.sessions.values()
+            session.primary and session.rank == 0 for session in list(self.sessions.values())
         )
 
     @property
     def is_over(self) -> bool:
         """All ranks are gone, and MLflow knows the end."""
-        return self.state is RunState.ENDED and all(each.closed for each in self.sessions.values())
+        return self.state is RunState.ENDED and all(
+            each.closed for each in list(self.sessions.values())
+        )
 
     @property
     def lost_records(self) -> int:
         """Log calls that found a full journal, as far as is known."""
-        return sum(session.lost for session in self.sessions.values())
+        return sum(session.lost for session in list(self.sessions.values()))
 
 
 def pack(card: Card) -> bytes:
