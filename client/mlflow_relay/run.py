@@ -20,6 +20,7 @@ from . import fluent, records, settings
 from .autostart import start_daemon
 from .errors import RelayError
 from .launch import Launch, detect, launcher_process, random_key, relay_run_id
+from .lineage import checked_lineage
 from .messages import TEXT_CHARS_MAX
 from .paths import default_socket
 from .provenance import launch_tags, provenance
@@ -41,6 +42,9 @@ def start_run(
     params: Mapping[str, Any] | None = None,
     tags: Mapping[str, Any] | None = None,
     run_key: str | None = None,
+    resume: str | None = None,
+    resume_mode: str = "child",
+    fork: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
     rank_metrics: str = "prefix",
@@ -60,6 +64,11 @@ def start_run(
         params, tags: logged at once.
         run_key: what all ranks of this job agree on; told by Slurm, torchrun, MPI or, on one node,
             by the launcher process if not given.
+        resume: the run that this one goes on with, by relay run id or MLflow run id, known to
+            anybody yet or not: its links are filled in as soon as they can be.
+        resume_mode: "child": a run of its own, a child of the one resumed (of its root, if that is
+            a resumed run itself), with its name; "same": that run itself, RUNNING again.
+        fork: the run from whose weights this one starts; goes together with `resume`, too.
         rank, world_size: told by the launcher if not given.
         rank_metrics: rank 0 logs under the plain key; the others under "rank_<n>/<key>"
             ("prefix"), not at all ("zero"), or under the plain key as well ("all").
@@ -76,6 +85,7 @@ def start_run(
     """
     if rank_metrics not in RANK_METRICS:
         raise ValueError(f"rank_metrics={rank_metrics!r}: one of {', '.join(RANK_METRICS)}")
+    lineage = checked_lineage(resume, resume_mode, fork)
     env = os.environ
     who = detect(
         env,
@@ -89,6 +99,7 @@ def start_run(
         who,
         _name("experiment_name", experiment_name or env.get("MLFLOW_EXPERIMENT_NAME") or "Default"),
         _name("run_name", run_name or env.get("MLFLOW_RUN_NAME") or ""),
+        lineage=lineage,
         rank_metrics=rank_metrics,
         socket=Path(socket) if socket is not None else default_socket(),
         autostart=settings.autostart(env) if autostart is None else autostart,
@@ -123,6 +134,7 @@ class Run:
         experiment_name: str,
         run_name: str,
         *,
+        lineage: dict[str, str],
         rank_metrics: str,
         socket: Path,
         autostart: bool,
@@ -132,6 +144,11 @@ class Run:
         global _started  # noqa: PLW0603  # one count for the process, however it starts runs
         ordinal = _started + 1
         self.run_id = relay_run_id(who.run_key, ordinal)
+        if self.run_id in (lineage["resume"], lineage["fork"]):
+            raise ValueError(
+                f"run {self.run_id} cannot resume or fork itself: processes with an equal run_key "
+                "are one run already"
+            )
         self.mlflow_run_id: str | None = None
         self.rank, self.world_size = who.rank, who.world_size
         self._socket = socket
@@ -154,6 +171,8 @@ class Run:
             "start_ms": _now_ms(),
             "tags": {**tags, **launch_tags(who)},
             "primary": True,
+            "node_count": _node_count(who),
+            **lineage,
         }
         self._session: Session | None = self._open_session()
         self._ended = self._is_cut_off = False
@@ -319,6 +338,13 @@ def _name(what: str, name: object) -> str:
     if len(name) > TEXT_CHARS_MAX:
         raise ValueError(f"{what} has {len(name)} characters; at most {TEXT_CHARS_MAX}")
     return records.to_text(what, "", name)
+
+
+def _node_count(who: Launch) -> int:
+    """Return the number of nodes; 0 if it was not told and there may be several."""
+    if who.node_count is None and who.local_world_size == who.world_size:
+        return 1
+    return who.node_count or 0
 
 
 def _now_ms() -> int:

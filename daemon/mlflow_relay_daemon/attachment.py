@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_relay.errors import FormatError
+from mlflow_relay.lineage import RESUME_MODES
 from mlflow_relay.messages import SESSION_BYTES, TEXT_CHARS_MAX, unpack_map
-from mlflow_relay_daemon.spool.card import Card, SessionCard
+from mlflow_relay_daemon.spool.card import Card, Link, SessionCard
 
 TAGS_MAX = 100
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -34,6 +35,10 @@ class Attachment:
     primary: bool
     start_ms: int
     tags: dict[str, str]
+    node_count: int  #: 0: not told
+    resume: str
+    resume_mode: str
+    fork: str
     first_seq: int  #: of the oldest record that the session still has
 
     def new_card(self) -> Card:
@@ -46,6 +51,11 @@ class Attachment:
             start_ms=self.start_ms,
             world_size=self.world_size,
             tags=self.tags,
+            is_named=bool(self.run_name),
+            node_count=self.node_count,
+            resume_mode=self.resume_mode,
+            parent=Link(self.resume) if self.resume else None,
+            fork=Link(self.fork) if self.fork else None,
         )
 
     def session_card(self) -> SessionCard:
@@ -66,16 +76,17 @@ def read_attachment(payload: bytes) -> Attachment:
     Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
     """
     session = unpack_session(payload)
-    fields = unpack_map(payload)
-    run_id = _text(fields, "run_id")
-    if not _RUN_ID.fullmatch(run_id):
-        raise FormatError("run_id is not 32 hex digits")
+    fields = {"node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
+    fields |= unpack_map(payload)
     tags = _of_type(fields, "tags", dict)
     if len(tags) > TAGS_MAX or set(map(type, [*tags, *tags.values()])) - {str}:
         raise FormatError(f"tags are not at most {TAGS_MAX} texts by text")
+    mode = _text(fields, "resume_mode")
+    if mode not in RESUME_MODES:
+        raise FormatError(f"resume_mode {mode[:20]!r}")
     return Attachment(
         session=session,
-        run_id=run_id,
+        run_id=_run_id(fields, "run_id"),
         run_key=_text(fields, "run_key"),
         experiment_name=_text(fields, "experiment_name"),
         run_name=_text(fields, "run_name"),
@@ -86,6 +97,10 @@ def read_attachment(payload: bytes) -> Attachment:
         primary=_of_type(fields, "primary", bool),
         start_ms=_whole(fields, "start_ms"),
         tags=tags,
+        node_count=_whole(fields, "node_count"),
+        resume=_run_id(fields, "resume", optional=True),
+        resume_mode=mode,
+        fork=_run_id(fields, "fork", optional=True),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
     )
 
@@ -109,6 +124,13 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     text: str = _of_type(fields, name, str)
     if len(text) > TEXT_CHARS_MAX:
         raise FormatError(f"{name} has {len(text)} characters; at most {TEXT_CHARS_MAX}")
+    return text
+
+
+def _run_id(fields: Mapping[str, Any], name: str, *, optional: bool = False) -> str:
+    text = _text(fields, name)
+    if not (_RUN_ID.fullmatch(text) or (optional and not text)):
+        raise FormatError(f"{name} is not 32 hex digits")
     return text
 
 

@@ -42,11 +42,11 @@ class Batch:
     metrics: list[Metric] = field(default_factory=list)
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
+    held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     objections: list[Objection] = field(default_factory=list)
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
     records: int = 0
-    damaged: int = 0  #: records on the way whose CRC did not fit
     last_record_ms: int = 0
     bytes_estimate: int = 0
 

@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "status": (f"{_HERE}.status:status", "Show what is accepted, delivered and waiting."),
     "flush": (f"{_HERE}.flush:flush", "Deliver now what was accepted before this call."),
     "runs": (f"{_HERE}.runs:runs", "List the runs that the spool knows."),
+    "lineage": (f"{_HERE}.lineage:lineage", "Draw the tree of resumes and forks of a run."),
     "url": (f"{_HERE}.url:url", "Print the MLflow page of a run, or of several compared."),
     "dead-letters": (f"{_HERE}.dead_letters:dead_letters", "List, retry or drop refused records."),
     "check": (f"{_HERE}.check:check", "Check this node's setup, and say how to mend it."),

@@ -149,6 +149,17 @@ class Config:
         metadata=_setting("seconds", "The longest pause between two tries at a server that is "
                           "down.", least=0.01, most=3600),
     )  # fmt: skip
+    lineage_params: tuple[str, ...] | None = field(
+        default=("training.run_id", "metadata.run_id"),
+        metadata=_setting(
+            "names", "Params that name the run itself or, of a resumed child, its parent.",
+            optional=True,
+        ),
+    )  # fmt: skip
+    lineage_fork_params: tuple[str, ...] | None = field(
+        default=("config.training.fork_run_id",),
+        metadata=_setting("names", "Params that name the run that was forked.", optional=True),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",
@@ -318,6 +329,8 @@ def describe(config: Config) -> list[tuple[str, str, str]]:
             text = "none"
         elif setting.kind == "bytes":
             text = size_text(value)
+        elif setting.kind == "names":
+            text = ", ".join(value)
         elif setting.kind == "uri":
             text = redact_uri(value)
         elif setting.kind == "switch":

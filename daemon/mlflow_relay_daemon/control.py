@@ -1,4 +1,4 @@
-"""What operators ask of a living daemon: ping, status, flush, dead letters.
+"""What operators ask of a living daemon: ping, status, flush, dead letters, lineage.
 
 See PROTOCOL.md, CONTROL.
 """
@@ -16,6 +16,8 @@ from mlflow_relay._version import __version__
 from mlflow_relay.errors import FormatError
 from mlflow_relay.messages import pack_map, unpack_map
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.lane import by_hand
+from mlflow_relay_daemon.lane.relatives import IDS_MAX, relatives
 from mlflow_relay_daemon.retry import Stopped
 from mlflow_relay_daemon.sinks import SinkError
 
@@ -60,10 +62,12 @@ class Control:
                     return _ok(targets=self._flush(request))
                 case "dead_letters":
                     return self._dead_letters(peer, request)
-        except OSError as error:
-            return _failed(f"{command}: {error.strerror or error}")
+                case "lineage":
+                    return self._lineage(peer, request)
         except (KeyError, TypeError, ValueError) as error:
             return _failed(f"{command}: {error}")
+        except OSError as error:
+            return _failed(f"{command}: the spool's disk: {error.strerror or error}")
         if not isinstance(command, str):
             raise FormatError("a control request without a command")
         return _failed(f"{command[:40]!r} is no command of this daemon ({__version__})")
@@ -109,6 +113,40 @@ class Control:
             self.answer_later(peer, _failed(str(error)))
         except Stopped:
             self.answer_later(peer, _failed("the daemon is stopping"))
+
+    def _lineage(self, peer: bytes, request: dict[str, Any]) -> bytes | None:
+        if request.get("action") == "relatives":
+            self._ask_for_relatives(peer, [str(each) for each in request["ids"]])
+            return None
+        [hosted] = self._chosen([request["run"]])
+        match request.get("action"):
+            case "link":
+                decided = [by_hand.link(hosted.run, request["to"], request.get("kind"))]
+            case "drop":
+                decided = by_hand.drop(hosted.run)
+            case _:
+                raise ValueError("action is link, drop or relatives")
+        if hosted.lane is not None:
+            hosted.lane.look_again()
+            self._runs.notify(hosted)
+        return _ok(links=[each._asdict() for each in decided])
+
+    def _ask_for_relatives(self, peer: bytes, ids: list[str]) -> None:
+        """Raises: ValueError: the server cannot be asked now."""
+        runs = self._runs
+        if runs.sink is None or runs.breaker is None or runs.breaker.snapshot().state != "up":
+            raise ValueError("the server cannot be asked now")
+        if len(ids) > IDS_MAX:
+            raise ValueError(f"{len(ids)} ids; at most {IDS_MAX}")
+        sink = runs.sink
+
+        def ask() -> None:
+            try:
+                self.answer_later(peer, _ok(runs=relatives(sink, ids)))
+            except SinkError as error:
+                self.answer_later(peer, _failed(str(error)))
+
+        threading.Thread(target=ask, name="relatives", daemon=True).start()
 
     def _chosen(self, run_ids: list[str] | None) -> list[Hosted]:
         """Return the runs of these ids, all if there are none. Raises: KeyError."""

@@ -95,6 +95,28 @@ class ControlClient:
         chosen = None if ids is None else list(ids)
         return self.ask("dead_letters", action=action, run=run, ids=chosen)
 
+    def link(self, run: str, to: str, kind: str | None = None) -> list[dict[str, str]]:
+        """Name the run that a waiting link of a run is to go to.
+
+        Args:    run: its relay run id. to: a relay run id or an MLflow run id.
+                 kind: "resume" or "fork"; None: the one that waits.
+        Returns: the links that were decided: kind, asked (the id before), to.
+        """
+        found: list[dict[str, str]] = self.ask("lineage", action="link", run=run, to=to, kind=kind)[
+            "links"
+        ]
+        return found
+
+    def drop_links(self, run: str) -> list[dict[str, str]]:
+        """Give up the waiting links of a run; return them, as `link` does."""
+        found: list[dict[str, str]] = self.ask("lineage", action="drop", run=run)["links"]
+        return found
+
+    def relatives(self, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what the server knows of these runs, and of their resumes and forks."""
+        found: list[dict[str, Any]] = self.ask("lineage", action="relatives", ids=list(ids))["runs"]
+        return found
+
     def ask(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Return the answer to one command.
 

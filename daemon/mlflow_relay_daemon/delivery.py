@@ -9,12 +9,10 @@ import threading
 import time
 
 from mlflow_relay_daemon.lane import Lane
+from mlflow_relay_daemon.lane.lane import FULL_BATCH_BYTES
 from mlflow_relay_daemon.retry import Breaker, Stopped
 
 log = logging.getLogger(__name__)
-
-#: From so many waiting bytes on a batch is full anyway: no need to wait for more.
-FULL_BATCH_BYTES = 64 << 10
 
 
 class Delivery:
@@ -58,7 +56,7 @@ class Delivery:
     def is_idle(self) -> bool:
         """Return whether no lane is being worked or waiting for its turn."""
         with self._changed:
-            return not self._busy and not self._due_s
+            return not self._busy and all(lane.is_parked for lane in self._due_s)
 
     def stop(self) -> None:
         """Let every thread finish its request and leave."""

@@ -9,8 +9,12 @@ from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
 from mlflow_relay_daemon.lane import Lane
+from mlflow_relay_daemon.lane.destination import Destination
+from mlflow_relay_daemon.lane.lineage import Resolver
+from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
+from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
@@ -40,7 +44,9 @@ class Runs:
         sink: Sink | None,
         breaker: Breaker | None,
         delivery: Delivery | None,
+        lineage_params: LineageParams,
     ) -> None:
+        self._lineage_params = lineage_params
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
         for run in spool.runs.values():
@@ -111,10 +117,23 @@ class Runs:
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
 
+    def _card_of(self, run_id: str) -> Card | None:
+        hosted = self.by_id.get(run_id)
+        return None if hosted is None else hosted.run.card
+
+    def _spread_news(self) -> None:
+        """A run has an id, or a parent: those that wait for it look again."""
+        for hosted in list(self.by_id.values()):
+            if hosted.lane is not None and hosted.lane.waits_for_others():
+                hosted.lane.look_again()
+                self.notify(hosted)
+
     def _host(self, run: RunSpool) -> Hosted:
         letters = DeadLetters(self.spool.disk, run.folder)
         lane = None
         if self.sink is not None and self.breaker is not None:
-            lane = Lane(run, self.sink, self.breaker, letters)
+            destination = Destination(run, self.sink, self.breaker, self.spool.node)
+            resolver = Resolver(self.sink, self._card_of)
+            lane = Lane(destination, resolver, letters, self._lineage_params, self._spread_news)
         hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
         return hosted

@@ -23,6 +23,7 @@ from mlflow_relay_daemon.delivery import Delivery
 from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
+from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.logs import set_up_logging
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
@@ -79,7 +80,8 @@ class Service:
                 breaker, threads=config.delivery_threads, batch_age_s=config.batch_age_s
             )
         counters = Counters()
-        self._runs = Runs(self._spool, sink, breaker, self._delivery)
+        names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
+        self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
@@ -108,9 +110,10 @@ class Service:
         """Deliver what is left, for as long as the drain may take; return an exit code."""
         until_s = time.monotonic() + self._config.drain_timeout_s
         if self._delivery is not None:
-            self._delivery.deliver_now(
-                [each.lane for each in self._runs.by_id.values() if each.lane is not None]
-            )
+            lanes = [each.lane for each in self._runs.by_id.values() if each.lane is not None]
+            for lane in lanes:
+                lane.leave()
+            self._delivery.deliver_now(lanes)
             while time.monotonic() < until_s and not self._delivery.is_idle():
                 self._turn(0.05)
             self._delivery.stop()

@@ -60,6 +60,7 @@ class Setting:
             "such as 512MB, 2GiB or 1_000_000",
             "count": f"a whole number from {self.least:g} to {self.most:g}",
             "choice": " or ".join(self.choices),
+            "names": "names with commas between them, such as training.run_id, metadata.run_id",
         }[self.kind]
         return words + (", or none" if self.optional else "")
 
@@ -129,6 +130,13 @@ def _parse_choice(setting: Setting, raw: object) -> str:
     return raw.strip().lower()
 
 
+def _parse_names(setting: Setting, raw: object) -> tuple[str, ...]:
+    names = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError
+    return tuple(name.strip() for name in names if name.strip())
+
+
 _PARSERS: Mapping[str, Callable[[Setting, object], object]] = MappingProxyType(
     {
         "path": _parse_path,
@@ -138,6 +146,7 @@ _PARSERS: Mapping[str, Callable[[Setting, object], object]] = MappingProxyType(
         "count": _parse_count,
         "bytes": _parse_bytes,
         "choice": _parse_choice,
+        "names": _parse_names,
     }
 )
 

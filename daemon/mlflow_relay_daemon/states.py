@@ -78,10 +78,14 @@ def verdict(sessions: Iterable[EndedSession], last_record_ms: int) -> Verdict:
         if session.primary:
             latest[session.rank] = session
     words = [_word(session, last_record_ms) for session in latest.values()]
-    if not words:
-        return Verdict("FINISHED", last_record_ms, "")
-    worst = max(words, key=lambda word: (_SEVERITY[word.status], bool(word.reason)))
-    return worst._replace(end_ms=max(word.end_ms for word in words))
+    return worst(words) if words else Verdict("FINISHED", last_record_ms, "")
+
+
+def worst(words: Iterable[Verdict]) -> Verdict:
+    """Return the worst of at least one word, at the time of the last."""
+    words = list(words)
+    found = max(words, key=lambda word: (_SEVERITY.get(word.status, 0), bool(word.reason)))
+    return found._replace(end_ms=max(word.end_ms for word in words))
 
 
 def _word(session: EndedSession, last_record_ms: int) -> Verdict:

@@ -18,6 +18,7 @@ from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool import card as cards
+from mlflow_relay_daemon.spool.card import Link
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import QUARANTINE, RUNS
@@ -121,10 +122,28 @@ def run_status(run: RunSpool, dead_letters: int) -> dict[str, Any]:
             "lost_records": card.lost_records,
             "damaged_records": mark.damaged_records,
             "last_error": None,
+            "waits_for": [link.asked for link in card.waiting_links()],
+            "lineage": {
+                "resume_mode": card.resume_mode,
+                "resumes": _link(card.parent),
+                "forks": _link(card.fork),
+            },
             "start_ms": card.start_ms,
             "end_ms": card.end_ms,
             "url": None,
         }
+
+
+def _link(link: Link | None) -> dict[str, Any] | None:
+    if link is None:
+        return None
+    return {
+        "asked": link.asked,
+        "mlflow_run_id": link.mlflow_run_id,
+        "told": link.is_told,
+        "dropped": link.is_dropped,
+        "by_hand": link.is_by_hand,
+    }
 
 
 def read_spool(folder: Path) -> dict[str, Any]:
@@ -222,7 +241,16 @@ def run_status_of_nothing() -> dict[str, Any]:
         ),
         0,
     )
-    return {**texts, **unknown, **counts, "state": "waiting", "status": "RUNNING"}
+    lineage = {"resume_mode": "child", "resumes": None, "forks": None}
+    return {
+        **texts,
+        **unknown,
+        **counts,
+        "waits_for": [],
+        "lineage": lineage,
+        "state": "waiting",
+        "status": "RUNNING",
+    }
 
 
 def _existing(folder: Path) -> Path:

@@ -325,7 +325,7 @@ def test_runs_are_found_by_tag_whatever_its_value(sink: RestSink, value: str) ->
             start_time_ms=1,
             tags=[("relay.run_id", similar)],
         )
-    found = sink.find_runs(experiment_id, "relay.run_id", value)
+    found = sink.find_runs([experiment_id], "relay.run_id", value)
     assert [run.run_id for run in found] == [ours]
 
 
@@ -343,7 +343,7 @@ def test_deleted_runs_are_found_too_and_the_oldest_comes_first(sink: RestSink) -
         for start_time_ms in (3, 1, 2)
     ]
     sink.delete_run(created[1])
-    found = sink.find_runs(experiment_id, "relay.run_id", tag)
+    found = sink.find_runs([experiment_id], "relay.run_id", tag)
     assert [run.run_id for run in found] == [created[1], created[2], created[0]]
     assert found[0].lifecycle_stage == "deleted"
 
@@ -357,7 +357,7 @@ def test_runs_are_found_over_several_pages(sink: RestSink, monkeypatch: pytest.M
         )
         for i in range(5)
     }
-    found = sink.find_runs(experiment_id, "relay.run_id", "x")
+    found = sink.find_runs([experiment_id], "relay.run_id", "x")
     assert {run.run_id for run in found} == created
 
 
@@ -469,7 +469,7 @@ def test_a_run_creation_whose_response_was_lost_is_never_repeated_and_found_by_i
     with pytest.raises(ServerAway):
         new_run(far_sink, experiment="lost response", **{"relay.run_id": tag})
     assert mlflow_proxy.requests("runs/create") == 1
-    assert len(far_sink.find_runs(experiment_id, "relay.run_id", tag)) == 1
+    assert len(far_sink.find_runs([experiment_id], "relay.run_id", tag)) == 1
 
 
 def test_a_response_that_breaks_off_is_server_away(
@@ -646,7 +646,7 @@ def test_a_login_page_is_not_taken_for_success(mlflow_proxy: TcpProxy, far_sink:
         lambda: far_sink.experiment_id("x"),
         lambda: far_sink.get_run("x"),
         lambda: far_sink.update_run("x", status="FINISHED"),
-        lambda: far_sink.find_runs("0", "t", "v"),
+        lambda: far_sink.find_runs(["0"], "t", "v"),
         lambda: new_run(far_sink),
     ):
         error = failure(far_sink, ask)
@@ -707,7 +707,7 @@ def test_credentials_are_read_anew_for_each_request(
     tmp_path: os.PathLike[str],
 ) -> None:
     def ask() -> str:
-        far_sink.find_runs("0", "t", "v")
+        far_sink.find_runs(["0"], "t", "v")
         return authorization(mlflow_proxy)
 
     assert ask() == ""
@@ -729,7 +729,7 @@ def test_credentials_are_read_anew_for_each_request(
 def test_user_and_password_in_the_uri_are_sent_and_never_shown(mlflow_proxy: TcpProxy) -> None:
     uri = mlflow_proxy.uri.replace("://", f"://ann:{SECRET}%2F@")
     sink = RestSink(uri)
-    sink.find_runs("0", "t", "v")
+    sink.find_runs(["0"], "t", "v")
     assert authorization(mlflow_proxy).startswith("Basic ")
     assert (sink.uri, repr(sink)) == (mlflow_proxy.uri, f"RestSink({mlflow_proxy.uri!r})")
     assert SECRET not in sink.run_url("0", "1")
@@ -740,7 +740,7 @@ def test_the_workspace_is_sent(
 ) -> None:
     monkeypatch.setenv("MLFLOW_WORKSPACE", "team-a")
     mlflow_proxy.fail(proxy.answer(200, b"{}"))  # this server knows no workspaces
-    far_sink.find_runs("0", "t", "v")
+    far_sink.find_runs(["0"], "t", "v")
     assert b"X-MLFLOW-WORKSPACE: team-a" in mlflow_proxy.heads()[-1]
 
 
@@ -860,11 +860,11 @@ def test_the_proxy_of_the_environment_is_used_and_its_password_never_shown(
     monkeypatch.setenv("HTTP_PROXY", mlflow_proxy.uri.replace("://", f"://ann:{SECRET}@"))
     sink = RestSink("http://mlflow.invalid:5000")
     mlflow_proxy.fail(proxy.answer(200, b"{}"), times=1)
-    assert sink.find_runs("0", "t", "v") == []
+    assert sink.find_runs(["0"], "t", "v") == []
     assert mlflow_proxy.heads()[0].startswith(b"POST http://mlflow.invalid:5000/api/2.0/")
     assert b"Proxy-Authorization: Basic" in mlflow_proxy.heads()[0].title()
     mlflow_proxy.refuse()
-    error = failure(sink, lambda: sink.find_runs("0", "t", "v"))
+    error = failure(sink, lambda: sink.find_runs(["0"], "t", "v"))
     assert isinstance(error, ServerAway)
     assert "HTTP_PROXY" in str(error)
     assert SECRET not in "".join(traceback.format_exception(error))

@@ -94,7 +94,7 @@ def test_a_run_is_created_updated_found_and_deleted(sink: StoreSink) -> None:
     sink.update_run(run_id, status="KILLED", end_time_ms=1_700_000_000_009)
     sink.delete_run(run_id)
     sink.delete_run(run_id)
-    (found,) = sink.find_runs(sink.experiment_id("tests"), "relay.run_id", tag)
+    (found,) = sink.find_runs([sink.experiment_id("tests")], "relay.run_id", tag)
     assert (found.run_id, found.run_name, found.status) == (run_id, "another", "KILLED")
     assert (found.start_time_ms, found.end_time_ms) == (1_700_000_000_000, 1_700_000_000_009)
     assert found.lifecycle_stage == "deleted"
@@ -105,7 +105,7 @@ def test_runs_are_found_over_several_pages(
 ) -> None:
     monkeypatch.setattr("mlflow_relay_daemon.sinks.store.SEARCH_PAGE_RUNS", 2)
     created = {new_run(sink, experiment="pages", **{"relay.run_id": "x"}) for _ in range(5)}
-    found = sink.find_runs(sink.experiment_id("pages"), "relay.run_id", "x")
+    found = sink.find_runs([sink.experiment_id("pages")], "relay.run_id", "x")
     assert {run.run_id for run in found} == created
 
 
@@ -254,7 +254,7 @@ def test_a_folder_works_where_mlflow_allows_it(
         sink.experiment_id("e"), run_name="n", user="u", start_time_ms=5, tags=[("k", "v")]
     )
     sink.log_batch(created, [("m", 1.5, 2, 3)], [("p", "1")], [])
-    assert [run.run_id for run in sink.find_runs(sink.experiment_id("e"), "k", "v")] == [created]
+    assert [run.run_id for run in sink.find_runs([sink.experiment_id("e")], "k", "v")] == [created]
     with pytest.raises(Refused):
         sink.log_batch(created, [], [("p", "2")], [])
 

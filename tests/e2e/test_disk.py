@@ -143,12 +143,11 @@ def test_a_full_disk_stops_acks_and_all_that_was_kept_arrives(
         rank = Bulky(node)
         rank.log(1500)  # 12 MB
         wait_until(lambda: node.status()["disk"]["full"], "the disk is full")
-        wait_until(
-            lambda: total(node.run()) == 2 * rank.calls, "spool and journal hold all, together"
-        )
+        wait_until(lambda: total(node) == 2 * rank.calls, "spool and journal hold all, together")
         assert_no_ack_without_disk(node, rank.run_id)
+        assert node.run()["accepted_records"] > 0
         assert node.run()["journal_records"] > 0
-        assert node.status()["disk"]["free_bytes"] < MIB
+        wait_until(lambda: node.status()["disk"]["free_bytes"] < MIB, "the free space is known")
         shown = node.command("status")
         assert shown.returncode == 1
         assert "FULL" in shown.stdout
@@ -169,9 +168,13 @@ def wait_for_vain_tries(node: Node) -> None:
     wait_until(lambda: failures() >= before + 4, "the daemon tries in vain")
 
 
-def total(run: dict[str, Any]) -> int:
+def total(node: Node) -> int:
     """Return the records that are in the spool and in journals."""
-    return int(run["accepted_records"] + run["journal_records"])
+    return sum(run["accepted_records"] + run["journal_records"] for run in node.status()["runs"])
+
+
+def lost_records(node: Node) -> int:
+    return sum(run["lost_records"] for run in node.status()["runs"])
 
 
 def assert_log_is_calm(node: Node) -> None:
@@ -200,7 +203,7 @@ def test_a_disk_that_others_fill_to_the_last_byte_and_a_daemon_that_is_killed_on
         node.kill()
         node.start()
         wait_until(lambda: node.status()["disk"]["full"], "the disk is still full")
-        wait_until(lambda: total(node.run()) == 800, "spool and journal hold all, together")
+        wait_until(lambda: total(node) == 800, "spool and journal hold all, together")
         assert_no_ack_without_disk(node, rank.run_id)
         # What is delivered gives its space back: nobody else has to.
         mlflow_proxy.heal()
@@ -247,7 +250,7 @@ def test_a_disk_that_is_full_from_the_start_costs_nothing_but_time(
         rank.log(50)
         wait_until(lambda: log_lines(node, "no session attached"), "the session is put off")
         assert rank.end()["end_s"] < 5.0
-        assert node.status()["runs"] == []
+        assert all(run["accepted_records"] == 0 for run in node.status()["runs"])
         node.kill()
         node.start()  # also a daemon that starts on a full disk serves
         wait_for_vain_tries(node)
@@ -284,9 +287,7 @@ def test_dead_letters_wait_for_space_and_are_there_once(tmp_path, mlflow_server,
             lambda: "No space" in str(node.run()["last_error"]) or node.run()["dead_letters"],
             "the letters are written, or cannot be",
         )
-        if not node.run()["dead_letters"]:
-            assert node.run()["state"] != "ended"
-            assert stored_letters(node) == []
+        assert node.run()["dead_letters"] or node.run()["state"] != "ended"
         assert node.command("status").returncode == 1
         filler.unlink()
         assert node.command("flush").returncode == 1  # MLflow has refused something
@@ -309,10 +310,6 @@ def test_dead_letters_wait_for_space_and_are_there_once(tmp_path, mlflow_server,
         assert node.daemon.poll() is None
 
 
-def stored_letters(node: Node) -> list[dict[str, Any]]:
-    return dead_letters(node, node.run()["run_id"])
-
-
 # ── the quota is reached ──
 
 
@@ -324,7 +321,7 @@ def test_a_quota_stops_acks_and_all_that_was_kept_arrives(tmp_path, mlflow_serve
         rank = Bulky(node)
         rank.log(400)  # 3.2 MB
         wait_until(lambda: node.status()["disk"]["full"], "the quota is reached")
-        wait_until(lambda: total(node.run()) == 800, "spool and journal hold all, together")
+        wait_until(lambda: total(node) == 800, "spool and journal hold all, together")
         assert_no_ack_without_disk(node, rank.run_id)
         disk = node.status()["disk"]
         assert 0 < disk["spool_bytes"] <= disk["spool_bytes_max"] == 1_000_000
@@ -360,17 +357,17 @@ def test_calls_that_find_the_journal_full_are_counted_to_the_call(
         while not node.status()["disk"]["full"]:  # first the spool, then the journal
             rank.log(20)
             wait_until(
-                lambda: total(node.run()) == 2 * rank.calls or node.run()["lost_records"],
+                lambda: total(node) == 2 * rank.calls or lost_records(node),
                 "they are seen",
             )
         rank.log(300)  # 2.4 MB
-        wait_until(lambda: node.run()["lost_records"], "the journal is full")
+        wait_until(lambda: lost_records(node), "the journal is full")
         made = 2 * rank.calls
         accepted, acked, lost = journal_counters(node)
         assert accepted + lost == made
         assert 0 < acked < accepted < made
-        wait_until(lambda: node.run()["lost_records"] == lost, "status shows the loss")
-        wait_until(lambda: total(node.run()) == accepted, "spool and journal hold the rest")
+        wait_until(lambda: lost_records(node) == lost, "status shows the loss")
+        wait_until(lambda: total(node) == accepted, "spool and journal hold the rest")
         if fate == "ends":
             assert rank.end()["longest_s"] < 1.0
         else:

@@ -26,17 +26,12 @@ def select_runs(runs: Sequence[Run], names: Sequence[str]) -> list[Run]:
 
 def select_run(runs: Sequence[Run], name: str) -> Run:
     """Return the one run that is meant. Raises: CommandError."""
-    wanted = name.strip()
-    identifier = wanted.lower().replace("-", "")  # a UUID may come with its dashes
-    exact = [run for run in runs if identifier in _identifiers(run)]
-    if len(exact) == 1:
-        return exact[0]
-    fitting = [run for run in runs if _fits(run, wanted, identifier)]
+    fitting = fitting_runs(runs, name)
     if len(fitting) == 1:
         return fitting[0]
     shown = repr(one_line(name))
     if not fitting:
-        short = len(identifier) < PREFIX_CHARACTERS_MIN
+        short = len(_identifier(name)) < PREFIX_CHARACTERS_MIN
         hint = f" (a prefix needs {PREFIX_CHARACTERS_MIN} characters)" if short else ""
         raise CommandError(
             f"no run is called {shown}{hint}: `mlflow-relay runs` lists those there are", USAGE
@@ -49,6 +44,19 @@ def select_run(runs: Sequence[Run], name: str) -> Run:
         + ": give more of the id",
         USAGE,
     )
+
+
+def fitting_runs(runs: Sequence[Run], name: str) -> list[Run]:
+    """Return the runs that may be meant: one if its whole id is given."""
+    identifier = _identifier(name)
+    exact = [run for run in runs if identifier in _identifiers(run)]
+    if len(exact) == 1:
+        return exact
+    return [run for run in runs if _fits(run, name.strip(), identifier)]
+
+
+def _identifier(name: str) -> str:
+    return name.strip().lower().replace("-", "")  # a UUID may come with its dashes
 
 
 def _identifiers(run: Run) -> list[str]:

@@ -110,6 +110,7 @@ def status_lines(status: Status, width: int | None) -> list[Text]:
     else:
         lines.append(Text("no runs"))
     below = [(f"! {trouble}", "red") for trouble in troubles(status)]
+    below += [(f"- {wait}", "") for wait in waiting_links(status)]
     if width is not None and width < ERROR_COLUMN_WIDTH_MIN:
         below += [(f"- {error}", "") for error in passing_errors(status)]
     if below:
@@ -243,6 +244,32 @@ def passing_errors(status: Status) -> list[str]:
         for run in status["runs"]
         if run["last_error"] and run["state"] != "blocked"
     ]
+
+
+def waiting_links(status: Status) -> list[str]:
+    """Return which links wait for a run to be known, and what a person can do; nobody must.
+
+    Of a run that is not delivered yet, nobody has been asked for its parent either.
+    """
+    server = status["server"]
+    is_up = server is not None and server["state"] == "up"
+    return [
+        _wait_words(run)
+        for run in status["runs"]
+        if run.get("waits_for") and (run["mlflow_run_id"] is not None or is_up)
+    ]
+
+
+def _wait_words(run: Run) -> str:
+    ids = " and ".join(one_line(each)[:8] + "…" for each in run["waits_for"])
+    short = run["run_id"][:8]
+    is_same = run["mlflow_run_id"] is None
+    what = "goes on with" if is_same else "is to be linked to"
+    known = "that run is known" if is_same else "that run and its own parent are known"
+    return (
+        f"{_who(run)}: {what} {ids} once {known}; if it never is: `mlflow-relay lineage link "
+        f"{short} PARENT` names another, `mlflow-relay lineage drop {short}` gives it up"
+    )
 
 
 def _who(run: Run) -> str:

@@ -6,17 +6,15 @@ import http.client
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
-
-import numpy as np
 
 from mlflow_relay_daemon.control_client import ControlClient
 from mlflow_relay_daemon.exits import CommandError
 
 from .children import HOST, RANKS, Daemon, Folders, Rank, Server, choose_port
 from .compare import compare
+from .digits import save_digits
 from .mlflow_api import MlflowApi, RunSeen
 from .narrator import Narrator, View
 from .report import Bridge, Report
@@ -26,7 +24,6 @@ from .witness import Point, Testimony, read_testimony
 METRICS = 10
 STEP_S = 0.016  # 2,500 points a second; MLflow's server takes about 10,000
 USUAL_START_S, SLOWNESS_MAX = 8.0, 5.0
-TEST_SHARE = 5  # every fifth image is for testing
 
 BEFORE_S, AWAY_S, DEAD_S, AFTER_S = 3.0, 3.0, 1.0, 4.0
 TRAINING_S_MIN = 24.0
@@ -297,26 +294,6 @@ def step_s_for(server_start_s: float) -> float:
     A machine on which a server starts slowly delivers slowly, too, and is given less to do.
     """
     return STEP_S * min(max(1.0, server_start_s / USUAL_START_S), SLOWNESS_MAX)
-
-
-def save_digits(path: Path) -> tuple[int, int]:
-    """Write the data for the ranks; return how many images there are to train on and to test.
-
-    images, test_images: (n, 65) float64, the last column is 1; labels, test_labels: (n,) int64.
-    """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-
-    pixels, labels = load_digits(return_X_y=True)
-    images = np.column_stack([pixels / 16, np.ones(len(pixels))])
-    is_test = np.arange(len(images)) % TEST_SHARE == 0
-    np.savez(
-        path,
-        images=images[~is_test],
-        labels=labels[~is_test],
-        test_images=images[is_test],
-        test_labels=labels[is_test],
-    )
-    return int((~is_test).sum()), int(is_test.sum())
 
 
 def _bridge(outage: Outage, testimony: Testimony) -> Bridge:

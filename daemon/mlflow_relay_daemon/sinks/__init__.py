@@ -7,6 +7,7 @@ lane per run, several lanes at a time: it must be safe to use from many threads.
     ├── Temporary            the same request may succeed later; nothing is wrong with it
     │   ├── ServerAway       nobody can deliver now: refused, reset, timed out, 429, 502-504, a page
     │   │   └── NotAllowed   the server answers, but not to us: 401, 403 (a token can be renewed)
+    │   ├── NotYet           ours, not the server's: what is wanted is not there yet
     │   └── TryAgain         this request only: 500, a deadlock, a unique constraint raced
     │       └── Forbidden    our credentials are good, but not for this run or experiment: 403
     └── Permanent            the same request will be refused again
@@ -57,6 +58,10 @@ class ServerAway(Temporary):
 
 class NotAllowed(ServerAway):
     """The server refuses our credentials (401, 403)."""
+
+
+class NotYet(Temporary):
+    """What is asked for is not there yet; somebody else is expected to bring it."""
 
 
 class TryAgain(Temporary):
@@ -113,8 +118,12 @@ class Sink(Protocol):
         """
         ...
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[RunInfo]:
-        """Return all runs (deleted ones too) that carry this tag, oldest first."""
+    def find_runs(self, experiment_ids: Sequence[str], tag: str, value: str) -> list[RunInfo]:
+        """Return all runs (deleted ones too) there that carry this tag, oldest first."""
+        ...
+
+    def experiment_ids(self) -> list[str]:
+        """Return the ids of all experiments, deleted ones too."""
         ...
 
     def get_run(self, run_id: str) -> RunInfo:

@@ -111,14 +111,24 @@ def sorted_by_key(entities: Iterable[Entity]) -> list[Entity]:
     return sorted(entities, key=_BY_KEY)
 
 
-def search_runs_body(experiment_id: str, run_filter: str, page_token: str, page_runs: int) -> bytes:
+def search_runs_body(
+    experiment_ids: Sequence[str], run_filter: str, page_token: str, page_runs: int
+) -> bytes:
     """Return the body of runs/search over active and deleted runs."""
     body: dict[str, object] = {
-        "experiment_ids": [experiment_id],
+        "experiment_ids": list(experiment_ids),
         "filter": run_filter,
         "run_view_type": "ALL",
         "max_results": page_runs,
     }
+    if page_token:
+        body["page_token"] = page_token
+    return _dumps(body)
+
+
+def search_experiments_body(page_token: str, page_experiments: int) -> bytes:
+    """Return the body of experiments/search over active and deleted experiments."""
+    body: dict[str, object] = {"view_type": "ALL", "max_results": page_experiments}
     if page_token:
         body["page_token"] = page_token
     return _dumps(body)

@@ -21,6 +21,7 @@ from mlflow_relay_daemon.sinks.bodies import (
     oldest_first,
     run_id_body,
     run_info,
+    search_experiments_body,
     search_runs_body,
     tag_filter,
     update_run_body,
@@ -86,13 +87,26 @@ class RestSink:
         """
         return self._experiments.id_of(name)
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[RunInfo]:
-        """Return all runs (deleted ones too) that carry this tag, oldest first."""
+    def experiment_ids(self) -> list[str]:
+        """Return the ids of all experiments, deleted ones too."""
+        ids: list[str] = []
+        page_token = ""
+        for _ in range(SEARCH_PAGES_MAX):
+            body = search_experiments_body(page_token, SEARCH_PAGE_RUNS)
+            page = self._call("list the experiments", "POST", "/experiments/search", body)
+            ids += [str(each["experiment_id"]) for each in page.get("experiments", [])]
+            page_token = page.get("next_page_token", "")
+            if not page_token:
+                break
+        return ids
+
+    def find_runs(self, experiment_ids: Sequence[str], tag: str, value: str) -> list[RunInfo]:
+        """Return all runs (deleted ones too) there that carry this tag, oldest first."""
         run_filter = tag_filter(tag, value)
         runs: list[RunInfo] = []
         page_token = ""
         for _ in range(SEARCH_PAGES_MAX):
-            body = search_runs_body(experiment_id, run_filter, page_token, SEARCH_PAGE_RUNS)
+            body = search_runs_body(experiment_ids, run_filter, page_token, SEARCH_PAGE_RUNS)
             page = self._call(f"search runs by {tag}", "POST", "/runs/search", body)
             runs += [self._run_info(run) for run in page.get("runs", [])]
             page_token = page.get("next_page_token", "")

@@ -10,6 +10,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from mlflow_relay_daemon.sinks import (
@@ -70,13 +71,27 @@ class StoreSink:
         """
         return self._experiments.id_of(name)
 
-    def find_runs(self, experiment_id: str, tag: str, value: str) -> list[RunInfo]:
-        """Return all runs (deleted ones too) that carry this tag, oldest first."""
+    def experiment_ids(self) -> list[str]:
+        """Return the ids of all experiments, deleted ones too."""
+        ids: list[str] = []
+        page_token: str | None = None
+        while True:
+            page = self._ask(
+                "list the experiments",
+                partial(_experiments_page, page_token=page_token),
+            )
+            ids += [str(each.experiment_id) for each in page]
+            page_token = page.token
+            if not page_token:
+                return ids
+
+    def find_runs(self, experiment_ids: Sequence[str], tag: str, value: str) -> list[RunInfo]:
+        """Return all runs (deleted ones too) there that carry this tag, oldest first."""
         run_filter = tag_filter(tag, value)
         runs: list[RunInfo] = []
         page_token: str | None = None
         while True:
-            page = self._search_page(experiment_id, run_filter, page_token)
+            page = self._search_page(experiment_ids, run_filter, page_token)
             runs += [_run_info(run) for run in page]
             page_token = page.token
             if not page_token:
@@ -169,14 +184,16 @@ class StoreSink:
         if engine is not None:
             engine.dispose()
 
-    def _search_page(self, experiment_id: str, run_filter: str, page_token: str | None) -> Any:
+    def _search_page(
+        self, experiment_ids: Sequence[str], run_filter: str, page_token: str | None
+    ) -> Any:
         """Return one page of runs, deleted ones too: mlflow's PagedList, with the next token."""
         from mlflow.entities import ViewType
 
         return self._ask(
             "search runs",
             lambda store: store.search_runs(
-                [experiment_id], run_filter, ViewType.ALL, SEARCH_PAGE_RUNS, None, page_token
+                list(experiment_ids), run_filter, ViewType.ALL, SEARCH_PAGE_RUNS, None, page_token
             ),
         )
 
@@ -232,6 +249,12 @@ class StoreSink:
         """Create an experiment and return its id."""
         asked = f"create experiment {name!r}"
         return str(self._ask(asked, lambda store: store.create_experiment(name)))
+
+
+def _experiments_page(store: Any, page_token: str | None) -> Any:
+    from mlflow.entities import ViewType
+
+    return store.search_experiments(ViewType.ALL, SEARCH_PAGE_RUNS, None, None, page_token)
 
 
 def _open_store(tracking_uri: str) -> Any:

@@ -34,6 +34,18 @@ class SessionCard:
 
 
 @dataclass
+class Link:
+    """A run that this one goes back to."""
+
+    asked: str  #: as the rank named it: a relay run id or an MLflow run id
+    mlflow_run_id: str | None = None  #: None: not known yet
+    is_told: bool = False  #: MLflow has tags and params of it
+    is_waiting: bool = False  #: MLflow has been told that it waits
+    is_dropped: bool = False  #: an operator gave it up
+    is_by_hand: bool = False  #: an operator named the run, in place of what the rank had named
+
+
+@dataclass
 class Card:
     """What is known about one run."""
 
@@ -44,6 +56,13 @@ class Card:
     start_ms: int
     world_size: int
     tags: dict[str, str]  #: of the rank that came first: user, command, commit, ...
+    is_named: bool = False  #: by the user; else it takes its parent's name, or MLflow's
+    node_count: int = 0  #: 0: not told
+    resume_mode: str = "child"
+    parent: Link | None = None  #: the run that is resumed
+    fork: Link | None = None  #: the run whose weights this one started from
+    is_introduced: bool = False  #: MLflow has the params that say that it is its own origin
+    held: list[list[Any]] = field(default_factory=list)  #: texts that wait for a translation
     state: RunState = RunState.NEW
     experiment_id: str | None = None
     mlflow_run_id: str | None = None
@@ -51,17 +70,66 @@ class Card:
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
-    sessions: dict[str, SessionCard] = field(default_factory=dict)  #: by hex digits
+    #: By hex digits. Grows while lanes look at it without the lock: they look at a list of it.
+    sessions: dict[str, SessionCard] = field(default_factory=dict)
+
+    def open_links(self) -> list[Link]:
+        """Return the links that MLflow does not have yet."""
+        links = [self.resumed_parent(), self.fork]
+        return [each for each in links if each and not each.is_told and not each.is_dropped]
+
+    def waiting_links(self) -> list[Link]:
+        """Return the links that wait here for a run to be known.
+
+        The owner's node tells the links. Other nodes need them all the same, to know the run that
+        goes on, and what texts that name it are to say.
+        """
+        links = self.open_links() if self.is_owned else []
+        if self.parent is not None and self.resume_mode == "same" and self.state is RunState.NEW:
+            links.append(self.parent)
+        held = {value for _, _, value in self.held}
+        links += [each for each in (self.parent, self.fork) if each and each.asked in held]
+        return [
+            each
+            for index, each in enumerate(links)
+            if not each.is_dropped
+            and each.mlflow_run_id is None
+            and not any(each is other for other in links[:index])
+        ]
+
+    def itself(self) -> str | None:
+        """Return the id of the run that goes on as itself (mode "same"), if one is to."""
+        if self.parent is None or self.is_origin or self.resume_mode != "same":
+            return None
+        return self.parent.asked
+
+    def resumed_parent(self) -> Link | None:
+        """Return the link to the run under which this one is to hang, if there is one."""
+        return None if self.is_origin or self.resume_mode != "child" else self.parent
+
+    @property
+    def is_origin(self) -> bool:
+        """It resumes no other run."""
+        return self.parent is None or self.parent.is_dropped
+
+    @property
+    def is_owned(self) -> bool:
+        """This daemon is on the node of global rank 0, or on the only one: it makes the run."""
+        return self.node_count == 1 or any(
+            session.primary and session.rank == 0 for session in list(self.sessions.values())
+        )
 
     @property
     def is_over(self) -> bool:
         """All ranks are gone, and MLflow knows the end."""
-        return self.state is RunState.ENDED and all(each.closed for each in self.sessions.values())
+        return self.state is RunState.ENDED and all(
+            each.closed for each in list(self.sessions.values())
+        )
 
     @property
     def lost_records(self) -> int:
         """Log calls that found a full journal, as far as is known."""
-        return sum(session.lost for session in self.sessions.values())
+        return sum(session.lost for session in list(self.sessions.values()))
 
 
 def pack(card: Card) -> bytes:
@@ -81,6 +149,8 @@ def unpack(data: bytes) -> Card:
             raise FormatError("the run card is damaged: its CRC does not fit")
         card = Card(**_known(Card, values))
         card.state = RunState(card.state)
+        card.parent = Link(**_known(Link, values["parent"])) if values.get("parent") else None
+        card.fork = Link(**_known(Link, values["fork"])) if values.get("fork") else None
         card.sessions = {
             name: SessionCard(**_known(SessionCard, each))
             for name, each in values["sessions"].items()
@@ -94,7 +164,7 @@ def _crc(values: dict[str, Any]) -> int:
     return crc32(json.dumps(values).encode())
 
 
-def _known(kind: type[Card | SessionCard], values: dict[str, Any]) -> dict[str, Any]:
+def _known(kind: type[Card | SessionCard | Link], values: dict[str, Any]) -> dict[str, Any]:
     """Return the values that this release knows; a later one may have added others."""
     names = {each.name for each in fields(kind)}
     return {key: value for key, value in values.items() if key in names}

@@ -263,7 +263,7 @@ class RunSpool:
         for number in unread:
             fd, end = self._descriptor(number), self._ends[number]
             for piece in segment.iter_pieces(fd, self._start_of(number), end):
-                # One that is not whole was torn before it was acknowledged, and comes again; or it was
+                # One that is not whole was torn before it was acknowledged, and comes again; or was
                 # damaged later, and the rank will say that it has it no more.
                 if piece.header is not None and piece.whole:
                     self._count(piece.header)

@@ -23,7 +23,7 @@ from mlflow_relay_daemon.spool.run_spool import RunSpool
 
 log = logging.getLogger(__name__)
 
-RUNS, QUARANTINE, LOCK = "runs", "quarantine", "lock"
+RUNS, QUARANTINE, LOCK, NODE = "runs", "quarantine", "lock", "node"
 #: How often the free space is asked for; between two questions at most a few groups are written.
 FREE_SPACE_EVERY_S = 0.2
 
@@ -70,6 +70,7 @@ class Spool:
         if lock is None:
             raise SpoolTaken(str(folder))
         self._lock = lock
+        self.node = self._node()
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
@@ -129,6 +130,14 @@ class Spool:
         for run in self.runs.values():
             run.close()
         os.close(self._lock)
+
+    def _node(self) -> str:
+        """Return this spool's name among the nodes of a run: two on one machine differ."""
+        path = self.folder / NODE
+        if not path.exists():
+            name = f"{os.uname().nodename}.{os.urandom(4).hex()}"
+            self.disk.replace(path, name.encode(), durable=True)
+        return path.read_text(errors="replace").strip()
 
     # ── what is found at the start ──
 

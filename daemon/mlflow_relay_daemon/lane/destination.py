@@ -1,0 +1,79 @@
+"""A run, and the server it goes to: what all rooms of a lane share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mlflow_relay_daemon.retry import Breaker
+from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag
+from mlflow_relay_daemon.spool.card import Card
+from mlflow_relay_daemon.spool.run_spool import RunSpool
+
+T = TypeVar("T")
+
+RUN_ID_TAG, RUN_KEY_TAG = "relay.run_id", "relay.run_key"
+RESUMED_BY_TAG = "relay.resumed_by."  #: followed by the relay run id that goes on with a run
+OWNER_TAG = "relay.owner"  #: the node that established the run
+#: Of a run that goes on as itself: when its last life began, and the relay run id of that.
+LAST_LIFE_TAG = "relay.last_life"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """One run of this daemon and its MLflow run.
+
+    Args:
+        node: this daemon's name, unique among all that serve the run.
+    """
+
+    run: RunSpool
+    sink: Sink
+    breaker: Breaker
+    node: str
+
+    @property
+    def card(self) -> Card:
+        return self.run.card
+
+    @property
+    def mlflow_run_id(self) -> str:
+        """The MLflow run; only asked for once there is one."""
+        assert self.card.mlflow_run_id is not None
+        return self.card.mlflow_run_id
+
+    def ask(self, operation: Callable[[], T]) -> T:
+        """Do something at the server, waiting for it as long as it is away.
+
+        Raises: SinkError: its answer; Stopped.
+        """
+        return self.breaker.call(operation)
+
+    @property
+    def witness(self) -> Tag:
+        """A tag that the MLflow run has already: setting it again changes nothing."""
+        if self.card.resume_mode == "same" and not self.card.is_origin:
+            return RESUMED_BY_TAG + self.card.run_id, "True"
+        return RUN_ID_TAG, self.card.run_id
+
+    def log(self, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[Tag]) -> None:
+        """Deliver a batch."""
+        self.ask(lambda: self.sink.log_batch(self.mlflow_run_id, metrics, params, tags))
+
+    def set_tags(self, tags: Sequence[Tag]) -> None:
+        """Set tags of the MLflow run, if there are any to set."""
+        if tags:
+            self.log([], [], tags)
+
+    def update(self, **changes: str | int) -> None:
+        """Change status, end time or name of the MLflow run."""
+        self.ask(lambda: self.sink.update_run(self.mlflow_run_id, **changes))  # type: ignore[arg-type]
+
+
+def is_followed(tags: Mapping[str, str], card: Card) -> bool:
+    """Return whether an MLflow run has a later life than the relay run of this card."""
+    begin, _, run_id = tags.get(LAST_LIFE_TAG, "").partition(" ")
+    if not begin.isdecimal() or run_id == card.run_id:
+        return False
+    return card.itself() is None or int(begin) > card.start_ms
