@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from .errors import FormatError, VersionError
-
-if TYPE_CHECKING:
-    from mmap import mmap
 
 MAGIC = b"MRF"
 VERSION = 1
@@ -138,13 +135,12 @@ def iter_entries(body: bytes | memoryview) -> Iterator[bytes | None]:
         at += length
 
 
-def cut_entries(
-    entries: bytes | memoryview | mmap, start: int, end: int, bytes_max: int
-) -> tuple[int, int]:
+def cut_entries(entries: Any, start: int, end: int, bytes_max: int) -> tuple[int, int]:
     """Return (count, end) of the entries from `start` that fit into `bytes_max`, at least one.
 
     Args:
-        entries: whole entries from `start` to `end`, written by this process: they are trusted.
+        entries: bytes, or what has slices that are bytes: whole entries from `start` to `end`,
+            written by this process and trusted.
     """
     limit = min(end, start + bytes_max)
     count, at = 0, start

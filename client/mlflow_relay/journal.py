@@ -35,7 +35,7 @@ from .journal_files import (
 
 #: Room that is kept in each file for the END of a session: a full journal must not turn a good end
 #: into a vanished rank.
-END_BYTES_MAX = 9 << 10
+END_BYTES_MAX = 2560
 #: Two of these (one in use, one in reserve) are what a journal starts with.
 ENTRIES_FILE_BYTES = 8 << 20
 ENTRIES_FILE_BYTES_MIN = 32 << 10
@@ -312,11 +312,12 @@ class Journal:
         if self._spare is not None:
             self._close_file(self._spare, unlink=unlink)
         self._oldest = self._spare = None
-        self._words.release()
-        self._base.close()
         if unlink:
             self.path.unlink(missing_ok=True)
             self.path.with_suffix(NEW_SUFFIX).unlink(missing_ok=True)
+        # Last: closing the map drops the lock, for a map has a descriptor of its own.
+        self._words.release()
+        self._base.close()
         os.close(self._fd)
 
     # ── files ──

@@ -29,7 +29,7 @@ from .session import Session
 log = logging.getLogger("mlflow_relay")
 
 RANK_METRICS = ("prefix", "zero", "all")
-_REASON_CHARS_MAX = 2000  # four bytes each at most: it must fit into journal.END_BYTES_MAX
+_REASON_BYTES_MAX = 2000  # it must fit into journal.END_BYTES_MAX
 
 _runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _started = 0  # start_run calls of this process that came to something
@@ -364,7 +364,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _cut(text: str) -> str:
-    return text[:_REASON_CHARS_MAX].encode(errors="replace").decode()
+    return text.encode(errors="replace")[:_REASON_BYTES_MAX].decode(errors="ignore")
 
 
 def _end_at_exit() -> None:

@@ -54,6 +54,7 @@ class Watcher:
         self._folder, self._runs, self._counters = folder, runs, counters
         self._watched: dict[bytes, Watched] = {}
         self._vanished_are_closed = False
+        self.is_behind = False  #: the last look ended before it had seen to all journals
 
     def look(self, heard_s: dict[bytes, float], now_s: float) -> list[bytes]:
         """Take over what dead ranks left.
@@ -69,6 +70,7 @@ class Watcher:
             self._trouble(self._folder, error)
             return []
         over: list[bytes] = []
+        self.is_behind = True
         for session, path in paths.items():
             if time.monotonic() - now_s > LOOK_BUDGET_S:
                 return over
@@ -77,6 +79,7 @@ class Watcher:
                     over.append(session)
             except (FormatError, RunLeftAlone, OSError) as error:
                 self._trouble(path, error)
+        self.is_behind = False
         for session in set(self._watched) - set(paths):
             os.close(self._watched.pop(session).fd)
         if not self._vanished_are_closed:

@@ -35,11 +35,11 @@ class Attachment:
     primary: bool
     start_ms: int
     tags: dict[str, str]
-    node_count: int  #: 0: not told
-    resume: str
-    resume_mode: str
-    fork: str
     first_seq: int  #: of the oldest record that the session still has
+    node_count: int = 0  #: 0: not told
+    resume: str = ""
+    resume_mode: str = "child"
+    fork: str = ""
 
     def new_card(self) -> Card:
         """Return the card of a run that nothing was known of."""

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ class DeadLetters:
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk, self._path = disk, folder / NAME
         self._lock = threading.Lock()
+        self._name_is_synced = self._path.exists()
         letters = self.list()
         self.count = len(letters)
         self._next_id = 1 + max((letter.id for letter in letters), default=0)
@@ -70,11 +73,18 @@ class DeadLetters:
             is_new = not self._path.exists()
             fd = self._disk.create(self._path) if is_new else self._disk.open(self._path)
             with open(fd, "ab", buffering=0, closefd=True):
-                # The leading newline ends a line that a crash may have torn.
-                self._disk.write(fd, b"\n" + b"".join(map(_line, letters)))
-                self._disk.sync(fd)
-            if is_new:
-                self._disk.sync_folder(self._path.parent)
+                size = os.fstat(fd).st_size
+                try:
+                    # The leading newline ends a line that a crash may have torn.
+                    self._disk.write(fd, b"\n" + b"".join(map(_line, letters)))
+                    self._disk.sync(fd)
+                    if not self._name_is_synced:
+                        self._disk.sync_folder(self._path.parent)
+                        self._name_is_synced = True
+                except OSError:
+                    with suppress(OSError):
+                        self._disk.truncate(fd, size)  # they will come again
+                    raise
             self.count += len(letters)
             self._next_id += len(letters)
 
@@ -110,7 +120,7 @@ def _read_line(line: bytes) -> DeadLetter | None:
     """Return None for a line torn by a crash: its record was not settled, and is refused again."""
     try:
         letter = DeadLetter(**json.loads(line))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     number: object = letter.id  # JSON keeps no types
     return letter if isinstance(number, int) else None

@@ -44,9 +44,9 @@ class Runs:
         sink: Sink | None,
         breaker: Breaker | None,
         delivery: Delivery | None,
-        lineage_params: LineageParams,
+        lineage_params: LineageParams | None = None,
     ) -> None:
-        self._lineage_params = lineage_params
+        self._lineage_params = lineage_params or LineageParams()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
         for run in spool.runs.values():

@@ -109,6 +109,9 @@ class Service:
     def drain(self) -> int:
         """Deliver what is left, for as long as the drain may take; return an exit code."""
         until_s = time.monotonic() + self._config.drain_timeout_s
+        self._look()
+        while self._watcher.is_behind and time.monotonic() < until_s:
+            self._look()  # what dead ranks left in memory is on the disk before we go
         if self._delivery is not None:
             lanes = [each.lane for each in self._runs.by_id.values() if each.lane is not None]
             for lane in lanes:

@@ -1,4 +1,4 @@
-"""One setting: what is known about it, and how its text becomes a value. Pure."""
+"""One setting: what is known about it, and how its text becomes a value."""
 
 from __future__ import annotations
 

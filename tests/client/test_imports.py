@@ -203,7 +203,16 @@ def test_rooms_that_are_pure_import_nothing_that_reads_writes_or_waits():
 
 def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agree_on():
     shared = {
-        *("_version", "errors", "frames", "journal_files", "messages", "paths", "records"),
+        *(
+            "_version",
+            "errors",
+            "frames",
+            "journal_files",
+            "lineage",
+            "messages",
+            "paths",
+            "records",
+        ),
         "launch",  # relay_run_id
     }
     wrong = {
@@ -221,9 +230,7 @@ def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agre
 
 
 def test_every_room_of_the_daemon_has_its_floor():
-    rooms = {
-        module.split(".")[1] for module in imports(DAEMON) if "." in module
-    }
+    rooms = {module.split(".")[1] for module in imports(DAEMON) if "." in module}
     assert rooms == {room for floor in FLOORS for room in floor}
 
 

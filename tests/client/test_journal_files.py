@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlflow_relay.errors import FormatError, VersionError
-from mlflow_relay.frames import FRAME_BYTES_TARGET, HEADER_BYTES, iter_entries, pack_entry, read_frame
+from mlflow_relay.frames import (
+    FRAME_BYTES_TARGET,
+    HEADER_BYTES,
+    iter_entries,
+    pack_entry,
+    read_frame,
+)
 from mlflow_relay.journal_files import (
     ACKED_WORD,
     CARD_AT,

@@ -23,7 +23,9 @@ from mlflow_relay.messages import (
 
 SESSIONS = st.binary(min_size=16, max_size=16)
 NUMBERS = st.integers(0, (1 << 64) - 1)
-VALUES = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text() | st.binary()
+VALUES = (
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text() | st.binary()
+)
 FIELDS = st.dictionaries(st.text().filter(lambda key: key != "v"), VALUES, max_size=6)
 
 

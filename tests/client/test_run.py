@@ -135,9 +135,7 @@ def test_all_ranks_of_one_key_have_one_run(socket):
 
 def test_the_card_tells_the_daemon_what_it_must_know(daemon, start):
     before_ms = time.time_ns() // 1_000_000
-    run = start(
-        experiment_name="aifs", run_name="o96", run_key="job 7", rank=2, world_size=4
-    )
+    run = start(experiment_name="aifs", run_name="o96", run_key="job 7", rank=2, world_size=4)
     daemon.wait_for(messages.ATTACH)
     card = daemon.only_card()
 
@@ -311,9 +309,7 @@ def test_no_metrics_are_no_call(daemon, start):
 
 
 @pytest.mark.parametrize("step", [None, 3])
-def test_a_wrong_metric_raises_at_the_call_and_its_neighbours_in_time_arrive(
-    daemon, start, step
-):
+def test_a_wrong_metric_raises_at_the_call_and_its_neighbours_in_time_arrive(daemon, start, step):
     run = start(run_key=new_key())
     run.log_metric("before", 1.0, step)
     with pytest.raises(TypeError, match="'guilty'.*'text'"):

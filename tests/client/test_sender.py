@@ -57,9 +57,7 @@ class Rank:
         )
         self.told: list[str] = []
         card = {"session": SESSION, "rank": 0}
-        self.sender = Sender(
-            self.journal, folder / "relay.sock", card, self.told.append, **options
-        )
+        self.sender = Sender(self.journal, folder / "relay.sock", card, self.told.append, **options)
         self.logged: list[bytes] = []
 
     def log(self, times: int = 1, size: int = 100) -> None:
@@ -261,9 +259,7 @@ def test_twenty_restarts_under_load_lose_and_double_nothing(socket, new_rank, qu
         assert daemon.kept[SESSION] == rank.logged
 
 
-def test_an_attachment_that_is_answered_twice_does_not_stop_the_delivery(
-    daemon, new_rank, quick
-):
+def test_an_attachment_that_is_answered_twice_does_not_stop_the_delivery(daemon, new_rank, quick):
     """A daemon that was busy answers every attachment that was asked for meanwhile; the second
     answer comes when frames are under way already, and these are then cut anew."""
     daemon.acks = False
@@ -452,5 +448,7 @@ def test_the_sender_gives_back_what_it_opened(daemon, new_rank):
     again = Rank(daemon.socket.parent)
     again.sender.start()
     again.end()
+    again.sender.join()
+    again.sender.let_go()
 
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "all is closed again")

@@ -195,9 +195,7 @@ class RecordingOs:
 
     def folder_made(self, path: Path) -> None:
         if path.is_relative_to(self.root) and self._name(path) not in self.state.cached:
-            self.state = replace(
-                self.state, cached={**self.state.cached, self._name(path): FOLDER}
-            )
+            self.state = replace(self.state, cached={**self.state.cached, self._name(path): FOLDER})
             self.note(f"mkdir {self._name(path)}")
 
     def removed(self, path: Path) -> None:

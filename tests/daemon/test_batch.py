@@ -183,9 +183,7 @@ def test_an_empty_value_is_a_value(empty):
     assert len(batch.objections) == 1
 
 
-@pytest.mark.parametrize(
-    ("kind", "chars_max"), [(Params, PARAM_CHARS_MAX), (Tags, TAG_CHARS_MAX)]
-)
+@pytest.mark.parametrize(("kind", "chars_max"), [(Params, PARAM_CHARS_MAX), (Tags, TAG_CHARS_MAX)])
 def test_a_text_that_mlflow_would_cut_in_silence_is_cut_and_kept_whole_beside(kind, chars_max):
     batch = Batch()
     whole = "ü" * (chars_max + 1)

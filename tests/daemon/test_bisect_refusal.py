@@ -62,7 +62,9 @@ def test_what_is_no_refusal_passes_through():
     with pytest.raises(TryAgain):
         deliver_apart(entries(8), server.send, (Refused,))
 
-    assert [each.entry.key for each in deliver_apart(entries(8), server.send, (TryAgain,))] == ["m3"]
+    assert [each.entry.key for each in deliver_apart(entries(8), server.send, (TryAgain,))] == [
+        "m3"
+    ]
 
 
 def test_a_server_that_goes_away_in_the_midst_is_no_refusal():

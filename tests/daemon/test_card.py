@@ -135,6 +135,7 @@ def test_a_card_of_a_later_release_is_told_from_damage():
 def test_fields_that_a_later_release_added_are_passed_over():
     """It would have raised the version, had it changed the meaning of the others."""
     values = json.loads(cards.pack(new_card()))
+    del values["crc"]
     values["added"] = 1
     values["sessions"][SESSION.hex()]["added"] = 1
 
@@ -143,6 +144,7 @@ def test_fields_that_a_later_release_added_are_passed_over():
 
 def test_fields_that_an_earlier_release_did_not_have_get_their_defaults():
     values = json.loads(cards.pack(new_card()))
+    del values["crc"]
     del values["create_attempts"]
     del values["sessions"][SESSION.hex()]["lost"]
 

@@ -40,6 +40,7 @@ from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.intake import Intake
+from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool.spool import Spool
 from tests.support.spools import (
@@ -125,7 +126,7 @@ class Daemon:
         self.disk = FailingDisk()
         self.spool = Spool(self.disk, folder / "spool", segment_bytes_max=1 << 20)
         self.counters = Counters()
-        self.runs = Runs(self.spool, None, None, None)
+        self.runs = Runs(self.spool, None, None, None, LineageParams())
         self.control = Control(self.runs, dict, lambda: None, lambda _: 0)
         self.intake = Intake(self.path, self.runs, self.control, self.counters, 1 << 20)
         self.control.answer_later = self.intake.answer_later
@@ -350,9 +351,7 @@ def test_a_frame_with_something_missing_before_it_is_not_kept(daemon, peer, firs
 
 @pytest.mark.parametrize("operation", ["write", "sync", "create", "sync_folder"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
-def test_what_is_not_on_the_disk_is_not_acknowledged(
-    daemon, peer, monkeypatch, operation, error
-):
+def test_what_is_not_on_the_disk_is_not_acknowledged(daemon, peer, monkeypatch, operation, error):
     monkeypatch.setattr(module, "FULL_PAUSE_S", 0.0)
     peer.attach()
     daemon.disk.fail(operation, "" if operation == "sync_folder" else ".segment", error)
@@ -384,9 +383,7 @@ def test_a_full_disk_is_not_asked_again_at_every_frame(daemon, peer):
         assert (kind, unpack_ack(payload)) == (ACK, (SESSION, 0))
 
 
-def test_frames_behind_one_that_was_not_kept_are_no_fault_of_the_rank(
-    daemon, peer, monkeypatch
-):
+def test_frames_behind_one_that_was_not_kept_are_no_fault_of_the_rank(daemon, peer, monkeypatch):
     monkeypatch.setattr(module, "FULL_PAUSE_S", 0.0)
     peer.attach()
     daemon.disk.fail("write", ".segment", errno.ENOSPC)
@@ -434,9 +431,7 @@ def test_an_end_that_is_not_on_the_disk_is_none(daemon, peer):
     assert daemon.on_disk().sessions[SESSION.hex()].closed
 
 
-def test_a_session_that_comes_back_after_its_end_is_open_on_the_disk_or_not_attached(
-    daemon, peer
-):
+def test_a_session_that_comes_back_after_its_end_is_open_on_the_disk_or_not_attached(daemon, peer):
     peer.attach()
     peer.say(DETACH, pack_detach(SESSION, 0))
     peer.hear(DETACHED)
@@ -567,7 +562,9 @@ def test_an_operator_s_wish_that_the_disk_refuses_ends_nothing(daemon, peer):
 def test_an_answer_from_another_thread_wakes_the_loop(daemon, peer):
     peer.attach()
     name = daemon.intake.sessions[SESSION].peer
-    thread = threading.Thread(target=daemon.intake.answer_later, args=(name, pack_map({"ok": True})))
+    thread = threading.Thread(
+        target=daemon.intake.answer_later, args=(name, pack_map({"ok": True}))
+    )
     thread.start()
     daemon.intake.turn(30.0)
     thread.join()
@@ -594,5 +591,3 @@ def test_a_socket_that_somebody_removed_is_made_anew(daemon, peer):
 
     assert daemon.path.stat().st_mode & 0o777 == 0o600
     assert Peer(daemon).attach(OTHER)["next_seq"] == 0
-
-

@@ -43,9 +43,7 @@ def test_text_has_time_in_utc_level_and_message():
     before_s = time.time()
     found = lines("info", "text")
 
-    matched = re.fullmatch(
-        r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) INFO run 3f is there", found[0]
-    )
+    matched = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) INFO run 3f is there", found[0])
     assert matched is not None
     stamp = time.strptime(matched[1], "%Y-%m-%dT%H:%M:%SZ")
     import calendar

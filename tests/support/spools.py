@@ -30,7 +30,7 @@ def attachment(
     start_ms: int = START_MS,
     experiment_name: str = "aifs",
 ) -> Attachment:
-    """Return what a rank says of itself."""
+    """Return what a rank says of itself, of a job on one node."""
     return Attachment(
         session=session,
         run_id=run_id,
@@ -45,6 +45,7 @@ def attachment(
         start_ms=start_ms,
         tags={"mlflow.user": "ada"},
         first_seq=first_seq,
+        node_count=1,
     )
 
 

@@ -46,6 +46,7 @@ class RunSpool:
         self._disk = disk
         self._segment_bytes_max = segment_bytes_max
         self._writer: segment.Writer | None = None
+        self._last_number = 0
         self._reading: tuple[int, int] | None = None  # the lane's: segment, descriptor
         self._piece: tuple[Place, segment.Piece] | None = None  # the lane's
         self._starts: dict[int, int] = {}
@@ -74,7 +75,16 @@ class RunSpool:
         if writer is None:
             writer = self._begin_segment()
         data = b"".join([frame for _, frame in arrivals])
-        writer.append(data)
+        try:
+            writer.append(data)
+        except OSError:
+            if (
+                writer.synced == writer.start
+            ):  # a disk that stays full must not fill with beginnings
+                self._close_writer()
+                with self.lock:
+                    self._remove([writer.number])
+            raise
         with self.lock:  # size and counts change together, or the lane could settle one of them
             self._ends[writer.number] = writer.synced
             for header, _ in arrivals:
@@ -91,7 +101,9 @@ class RunSpool:
             self.sequences.give_up(session, seq)
 
     def _begin_segment(self) -> segment.Writer:
-        number = max([self.mark.segment, *self._ends]) + 1
+        # Also after one that could be neither begun nor removed.
+        number = max([self.mark.segment, self._last_number, *self._ends]) + 1
+        self._last_number = number
         with self.lock:
             card = cards.pack(self.card)
         head = segment.Head(self.accepted_records, self.sequences.save(), card)
