@@ -66,9 +66,10 @@ def pack_map(fields: dict[str, Any]) -> bytes:
     return packed
 
 
-def unpack_map(payload: bytes) -> dict[str, Any]:
+def unpack_map(payload: bytes, *, any_version: bool = False) -> dict[str, Any]:
     """Return the map of a message.
 
+    Args: any_version: also of a peer that speaks another protocol version.
     Raises: FormatError: no msgpack map with text keys; VersionError: of another protocol version.
     """
     try:
@@ -77,7 +78,7 @@ def unpack_map(payload: bytes) -> dict[str, Any]:
         raise FormatError(f"not msgpack: {error}") from error
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
         raise FormatError("not a map")
-    if fields.get("v") != PROTOCOL_VERSION:
+    if not any_version and fields.get("v") != PROTOCOL_VERSION:
         raise VersionError(
             f"protocol version {fields.get('v')!r}; this release speaks {PROTOCOL_VERSION}: "
             "update the older of client and daemon"

@@ -107,7 +107,7 @@ def read_attachment(payload: bytes) -> Attachment:
 
 def unpack_session(payload: bytes) -> bytes:
     """Return who sends an ATTACH that may be wrong otherwise. Raises: FormatError."""
-    session: bytes = _of_type(unpack_map(payload), "session", bytes)
+    session: bytes = _of_type(unpack_map(payload, any_version=True), "session", bytes)
     if len(session) != SESSION_BYTES:
         raise FormatError(f"a session of {len(session)} bytes")
     return session

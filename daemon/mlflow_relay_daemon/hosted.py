@@ -66,7 +66,11 @@ class Runs:
             if known is not None and known.closed:
                 # It was taken for dead, and lives (its journal was out of sight for a while).
                 known.closed = False
-                run.save_card()
+                try:
+                    run.save_card()
+                except OSError:
+                    known.closed = True
+                    raise
             elif known is None:
                 run.card.sessions[name] = attachment.session_card()
                 run.card.world_size = max(run.card.world_size, attachment.world_size)

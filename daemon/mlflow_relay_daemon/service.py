@@ -228,7 +228,7 @@ def _open_sink(config: Config) -> Any:
     from mlflow_relay_daemon.sinks.open import open_sink
 
     try:
-        return open_sink(config.tracking_uri)
+        return open_sink(config.tracking_uri, timeout_s=config.request_timeout_s)
     except ValueError as error:
         raise CommandError(str(error)) from error
 

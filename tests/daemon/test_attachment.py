@@ -16,6 +16,9 @@ from tests.support.spools import RUN_ID, SESSION, START_MS
 
 WHOLE = st.integers(0, (1 << 63) - 1)
 TEXTS = st.text(max_size=30)
+RUN_IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
+#: What an earlier client does not say.
+DEFAULTS = {"first_seq": 0, "node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
 FIELDS: dict[str, Any] = {
     "session": SESSION,
     "run_id": RUN_ID,
@@ -36,19 +39,23 @@ FIELDS: dict[str, Any] = {
     fields=st.fixed_dictionaries(
         {
             "session": st.binary(min_size=16, max_size=16),
-            "run_id": st.binary(min_size=16, max_size=16).map(bytes.hex),
+            "run_id": RUN_IDS,
             **dict.fromkeys(("run_key", "experiment_name", "run_name", "node"), TEXTS),
             **dict.fromkeys(("rank", "world_size", "pid", "start_ms"), WHOLE),
             "primary": st.booleans(),
             "tags": st.dictionaries(TEXTS, TEXTS, max_size=4),
         },
-        optional={"first_seq": WHOLE},
+        optional={
+            **dict.fromkeys(("first_seq", "node_count"), WHOLE),
+            **dict.fromkeys(("resume", "fork"), RUN_IDS | st.just("")),
+            "resume_mode": st.sampled_from(["child", "same"]),
+        },
     )
 )
 def test_what_a_session_says_comes_back(fields):
     found = read_attachment(pack_map(fields))
 
-    assert vars(found) == {"first_seq": 0, **fields}
+    assert vars(found) == {**DEFAULTS, **fields}
 
 
 def test_fields_that_a_later_client_adds_are_passed_over():
@@ -68,6 +75,10 @@ WRONG = {
     "start_ms": [None, -1, 1 << 63, 1e12],
     "first_seq": [None, -1, 1 << 63, "0"],
     "primary": [None, 1, "yes"],
+    "node_count": [None, -1, 1.5],
+    "resume": [None, "x", RUN_ID + "0"],
+    "resume_mode": [None, "", "other"],
+    "fork": [None, 5, RUN_ID.upper()],
     "tags": [None, [], {"a": 5}, {"a": None}, {f"t{n}": "" for n in range(TAGS_MAX + 1)}],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import textwrap
 from collections.abc import Iterator
 
@@ -372,6 +373,9 @@ def test_ranks_of_multiprocessing_that_never_call_end_are_told_apart_by_how_they
 
 
 FORKING_IN_THE_MIDDLE = """
+    import random
+    moments = random.Random(int(sys.argv[1]))
+    sys.setswitchinterval(1e-5)  # so that forks find the other threads in the midst of things
     runs = [
         mlflow_relay.start_run("children", run_key=key, rank=0, world_size=1)
         for key in ("forks a", "forks b")
@@ -381,26 +385,25 @@ FORKING_IN_THE_MIDDLE = """
 
     def log_on(number):
         while not stop.is_set():
-            runs[number].log_metrics(metrics(0, counts[number], 1), step=counts[number])
-            counts[number] += 1
-            time.sleep(0.001)
+            for _ in range(20):
+                runs[number].log_metrics(metrics(0, counts[number], 1), step=counts[number])
+                counts[number] += 1
+            time.sleep(0.005)
 
-    threads = [threading.Thread(target=log_on, args=(number,)) for number in (0, 1)]
+    threads = [threading.Thread(target=log_on, args=(number,), daemon=True) for number in (0, 1)]
     for thread in threads:
         thread.start()
-    for child in range(1, 17):
-        # What the sender's thread holds at the moments when it packs a frame.
-        slices = [run._session.journal._current.view[:8] for run in runs if child > 8]
+    for child in range(1, 31):
+        time.sleep(moments.uniform(0.0, 0.02))
         pid = os.fork()
         if pid == 0:
             for run in runs:
                 for step in range(5):
                     run.log_metrics(metrics(child, step, 1), step=step)
-            if child % 2:
+            if child % 4:
                 os._exit(0)
             sys.exit(0)
         assert os.waitpid(pid, 0)[1] == 0
-        del slices
     stop.set()
     for thread in threads:
         thread.join()
@@ -411,7 +414,9 @@ FORKING_IN_THE_MIDDLE = """
 
 
 def test_forks_in_the_middle_of_logging_threads_lose_nothing(node, mlflow_server):
-    rank = start_rank(node, FORKING_IN_THE_MIDDLE)
+    seed = random.randrange(1 << 32)
+    show(f"seed of the forks: {seed}")
+    rank = start_rank(node, FORKING_IN_THE_MIDDLE, seed)
     output = last_words(rank)
     assert rank.returncode == 0, output
     assert "Traceback" not in output, output
@@ -420,7 +425,7 @@ def test_forks_in_the_middle_of_logging_threads_lose_nothing(node, mlflow_server
     ):
         ended_run(node, mlflow_server, key)
         expected = logged(0, range(count), count=1)
-        for child in range(1, 17):
+        for child in range(1, 31):
             expected += logged(child, range(5), count=1)
         run = only_run(mlflow_server, key)
         points = wait_for_points(mlflow_server, run.info.run_id, len(expected))

@@ -14,7 +14,7 @@ from mlflow_relay_daemon.sinks.store import StoreSink
 __all__ = ["open_sink", "redact_uri"]
 
 
-def open_sink(tracking_uri: str) -> Sink:
+def open_sink(tracking_uri: str, *, timeout_s: float = 30.0) -> Sink:
     """Return the sink for a tracking URI; nothing is connected yet.
 
     http and https are spoken directly, unless the environment asks for something that only the
@@ -24,7 +24,7 @@ def open_sink(tracking_uri: str) -> Sink:
     """
     scheme = tracking_uri.partition(":")[0].lower() if ":" in tracking_uri else ""
     if scheme in ("http", "https") and not needs_mlflow_package(os.environ):
-        return RestSink(tracking_uri)
+        return RestSink(tracking_uri, timeout_s=timeout_s)
     if scheme in ("", "file") and not tracking_uri.startswith("databricks"):
         _refuse_file_store(tracking_uri, os.environ)
     return StoreSink(tracking_uri)

@@ -144,8 +144,8 @@ class Spool:
     def _open_found(self, folder: Path) -> None:
         """Open a run that an earlier life left; nothing in it may stop the daemon."""
         try:
-            if not any(folder.iterdir()):
-                folder.rmdir()  # a crash before its card was written
+            if all(path.name.endswith(".new") for path in folder.iterdir()):
+                shutil.rmtree(folder)  # a crash before its card was written: nothing was accepted
                 return
             card = self._card_of(folder)
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
