@@ -156,7 +156,7 @@ def test_much_is_cut_into_frames_that_a_daemon_takes():
 
 @pytest.mark.parametrize("size", [0, 1, ENTRIES_AT - 1, ENTRIES_AT, 4096])
 def test_a_spare_that_nothing_was_ever_put_into_is_no_damage(size):
-    """Also one that was being made when the rank was killed: every growing journal has that moment."""
+    """Also one that was in the making at a kill: every growing journal has that moment."""
     assert salvage_entries(bytes(size), SESSION, 17) == Salvage([], 17, 0)
 
 

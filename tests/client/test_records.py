@@ -1,4 +1,4 @@
-"""Records: what a call says comes back as it was; bytes that are no record never come back as one."""
+"""Records: what a call says comes back as it was; what is no record never comes back as one."""
 
 from __future__ import annotations
 

@@ -399,7 +399,7 @@ class Explorer:
     def _noted(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001  # any is a finding, and the next state is tried
+        except Exception as error:  # any is a finding, and the next state is tried
             self.failures.append(f"{name}: {error!r}")
 
 

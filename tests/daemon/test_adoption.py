@@ -1,4 +1,4 @@
-"""Dead ranks' journals: real processes that hold real locks, killed; and what they left, taken over."""
+"""Dead ranks' journals: real processes with real locks, killed; what they left is taken over."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_is_refused_by_name(name, value):
     assert name in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", [name for name in FIELDS])
+@pytest.mark.parametrize("name", list(FIELDS))
 def test_what_is_missing_is_refused_by_name(name):
     with pytest.raises(FormatError, match=name):
         read_attachment(pack_map({key: value for key, value in FIELDS.items() if key != name}))

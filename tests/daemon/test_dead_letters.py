@@ -1,4 +1,4 @@
-"""Dead letters: kept with their reason, on the disk before anybody goes on, until somebody decides."""
+"""Dead letters: kept with their reason, on the disk at once, until somebody decides."""
 
 from __future__ import annotations
 
@@ -177,8 +177,10 @@ def test_damage_stops_nobody_and_costs_the_lines_that_it_hit(tmp_path):
         b"[" * 100_000,
         b"null",
         b'{"id": 1, "kind": "metric"}',
-        b'{"id": null, "kind": "metric", "key": "a", "value": 1, "timestamp_ms": 1, "step": 1, '
-        b'"reason": "r", "error_code": "", "refused_ms": 1}',
+        (
+            b'{"id": null, "kind": "metric", "key": "a", "value": 1, "timestamp_ms": 1, "step": 1, '
+            b'"reason": "r", "error_code": "", "refused_ms": 1}'
+        ),
         b"\xff\xfe\x00",
     ],
     ids=lambda line: str(line[:20]),

@@ -1,4 +1,4 @@
-"""A lane's way to MLflow and back, and the threads that work lanes: once in effect, whatever dies."""
+"""A lane's way to MLflow, and the threads that work lanes: once in effect, whatever dies."""
 
 from __future__ import annotations
 

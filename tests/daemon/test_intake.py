@@ -1,4 +1,4 @@
-"""Intake on a real socket and a disk that fails: an ack is sent for what is on the disk, and only so."""
+"""Intake on a real socket and a disk that fails: acks only for what is on the disk."""
 
 from __future__ import annotations
 

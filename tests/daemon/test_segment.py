@@ -41,7 +41,7 @@ def write_segment(folder: Path, frames: list[bytes] | None = None) -> Path:
 
 
 def seqs_found(path: Path, start: int) -> list[int]:
-    """Return the sequence numbers of all records that can be read; each must be what was written."""
+    """Return the sequence numbers of what can be read; each must be what was written."""
     found = []
     with opened(path) as fd:
         at, end = start, os.fstat(fd).st_size
@@ -289,7 +289,7 @@ def test_what_could_not_be_appended_does_not_count_and_the_file_is_given_up(
 
 
 def test_a_short_write_is_a_full_disk(tmp_path):
-    """The kernel writes what fits and says so only the next time; here a limit stands for the disk."""
+    """The kernel writes what fits and says so only the next time; a limit stands for the disk."""
     writer = Writer(Disk(), tmp_path, 1, HEAD)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (writer.synced + 10, before[1]))

@@ -106,7 +106,7 @@ class Demo:
         """Wait until it has ended; return the exit code."""
         code = self.process.wait(timeout_s)
         took_s = time.monotonic() - self._started_s
-        print(f"{self.output}{self.errors}took {took_s:.1f} s")  # noqa: T201  # shown if it fails
+        print(f"{self.output}{self.errors}took {took_s:.1f} s")  # shown if it fails
         return code
 
     def children(self, part: str = "") -> list[int]:

@@ -96,7 +96,7 @@ def now_ms() -> int:
 
 def show(figure: str) -> None:
     """Print a measured figure, for whoever runs pytest with -s."""
-    print(figure)  # noqa: T201
+    print(figure)
 
 
 # ── what was logged ──

@@ -284,4 +284,4 @@ def deliver_and_leave(node: Node, timeout_s: float = PATIENCE_S) -> None:
 
 def show(figure: str) -> None:
     """Print a measured figure, for whoever runs pytest with -s."""
-    print(figure)  # noqa: T201
+    print(figure)

@@ -99,7 +99,7 @@ def in_order(points: list[Place]) -> list[Place]:
 
 def show(figure: str) -> None:
     """Print a measured figure or a seed: pytest shows it with -s, and if the test fails."""
-    print(figure)  # noqa: T201
+    print(figure)
 
 
 def fresh_name(what: str) -> str:

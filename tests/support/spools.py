@@ -1,4 +1,4 @@
-"""What tests of the spool need: cards, frames with known records, and a disk that fails when told."""
+"""What tests of the spool need: cards, frames of known records, a disk that fails when told."""
 
 from __future__ import annotations
 
