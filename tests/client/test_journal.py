@@ -439,7 +439,7 @@ def test_a_child_that_outlives_its_parent_does_not_hold_the_lock(folder):
 # ── several at once ──
 
 
-def test_threads_that_log_at_once_lose_nothing_and_keep_their_own_order(folder):
+def test_threads_that_log_at_once_lose_nothing_and_keep_their_order(folder):
     """Four threads log, one sends and acknowledges; all arrives, and no file is left behind."""
     opened = Opened(folder, 64 * FILE_BYTES)
     calls, threads = 3000, 4
@@ -523,7 +523,7 @@ def test_a_signal_handler_that_logs_in_the_middle_of_a_log_call_loses_nothing(fo
     done = run_rank(STORM, folder, 200_000, file_bytes)
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
-    print("storm:", said)
+    print("storm:", said)  # shown if it fails
 
     found = list(salvaged(folder).values())
     for kind, count in ((b"M", said["from_main"]), (b"H", said["from_handler"])):
@@ -679,7 +679,7 @@ def test_a_folder_that_cannot_be_written_is_a_journal_error(tmp_path):
 def test_a_kill_at_any_moment_of_the_making_leaves_nothing_that_looks_like_a_journal(folder):
     """strace would be exact; random instants of a process that does nothing else come close."""
     seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
+    print(f"seed {seed}")  # shown if it fails
     rng = random.Random(seed)
     script = """
         print("ready", flush=True)

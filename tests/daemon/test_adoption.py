@@ -314,7 +314,7 @@ def test_a_look_that_takes_long_goes_on_at_the_next(node, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(adoption, "time", Clock(lambda: next(clock) * adoption.LOOK_BUDGET_S / 2.5))
     over: list[bytes] = []
-    for looks in range(200):
+    for looks in range(200):  # noqa: B007  # its last value is asked below
         over += node.watcher.look({}, adoption.time.monotonic())
         if len(over) == 3:
             break

@@ -394,6 +394,9 @@ FORKING_IN_THE_MIDDLE = """
     for thread in threads:
         thread.start()
     for child in range(1, 31):
+        for note in range(1500):  # much for the senders to do, and little for MLflow
+            for run in runs:
+                run.set_tag("note", f"{child}/{note}")
         time.sleep(moments.uniform(0.0, 0.02))
         pid = os.fork()
         if pid == 0:
@@ -430,4 +433,5 @@ def test_forks_in_the_middle_of_logging_threads_lose_nothing(node, mlflow_server
         run = only_run(mlflow_server, key)
         points = wait_for_points(mlflow_server, run.info.run_id, len(expected))
         assert_exactly(points, expected)
-        assert ended_run(node, mlflow_server, key).info.status == "FINISHED"
+        run = ended_run(node, mlflow_server, key)
+        assert (run.info.status, run.data.tags["note"]) == ("FINISHED", "30/1499")
