@@ -33,6 +33,7 @@ class Objection(NamedTuple):
     entry: Entry
     reason: str
     error_code: str = ""
+    is_refusal: bool = True  #: by MLflow's own word; False: its server stumbles over it
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlflow_relay_daemon.batch import Entry, Objection
-from mlflow_relay_daemon.sinks import SinkError
+from mlflow_relay_daemon.sinks import Permanent, SinkError
 
 
 def deliver_apart(
@@ -30,7 +30,8 @@ def deliver_apart(
             send(part)
         except refusals as refusal:
             if len(part) == 1:
-                guilty.append(Objection(part[0], str(refusal), refusal.error_code))
+                is_refusal = isinstance(refusal, Permanent)
+                guilty.append(Objection(part[0], str(refusal), refusal.error_code, is_refusal))
             else:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]

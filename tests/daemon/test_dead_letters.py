@@ -144,9 +144,9 @@ def test_a_removal_that_fails_removes_nothing(tmp_path, operation):
 
 def damaged_files(path: Path) -> list[bytes]:
     data = path.read_bytes()
-    found = [data[:end] for end in range(len(data))]
+    found = [data[:end] for end in range(0, len(data), 3)]
     for at in range(len(data)):
-        for flip in (0x01, 0x02, 0x80, 0xFF):
+        for flip in (0x02, 0xFF):
             flipped = bytearray(data)
             flipped[at] ^= flip
             found.append(bytes(flipped))

@@ -719,7 +719,7 @@ def test_many_kills_in_one_run_deliver_once_in_effect(tmp_path_factory):
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
     rng = random.Random(seed)
-    for _ in range(15):
+    for _ in range(8):
         sink = FakeSink()
         sink.objects_to = by_name("m1")
         folder = tmp_path_factory.mktemp("run")

@@ -546,7 +546,7 @@ def test_a_random_life_of_appends_failures_settles_and_restarts_loses_nothing(op
     acked = {SESSION: 0, OTHER: 0}
     found: dict[bytes, set[int]] = {SESSION: set(), OTHER: set()}
     operations = ["create", "write", "sync", "sync_folder", "truncate", "unlink", "rename"]
-    for _ in range(1500):
+    for _ in range(800):
         disk.mend()
         action = rng.random()
         if action < 0.3:

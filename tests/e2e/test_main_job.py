@@ -393,10 +393,7 @@ FORKING_IN_THE_MIDDLE = """
     threads = [threading.Thread(target=log_on, args=(number,), daemon=True) for number in (0, 1)]
     for thread in threads:
         thread.start()
-    for child in range(1, 31):
-        for note in range(1500):  # much for the senders to do, and little for MLflow
-            for run in runs:
-                run.set_tag("note", f"{child}/{note}")
+    for child in range(1, 21):
         time.sleep(moments.uniform(0.0, 0.02))
         pid = os.fork()
         if pid == 0:
@@ -428,10 +425,9 @@ def test_forks_in_the_middle_of_logging_threads_lose_nothing(node, mlflow_server
     ):
         ended_run(node, mlflow_server, key)
         expected = logged(0, range(count), count=1)
-        for child in range(1, 31):
+        for child in range(1, 21):
             expected += logged(child, range(5), count=1)
         run = only_run(mlflow_server, key)
         points = wait_for_points(mlflow_server, run.info.run_id, len(expected))
         assert_exactly(points, expected)
-        run = ended_run(node, mlflow_server, key)
-        assert (run.info.status, run.data.tags["note"]) == ("FINISHED", "30/1499")
+        assert ended_run(node, mlflow_server, key).info.status == "FINISHED"

@@ -140,12 +140,13 @@ class Batches:
         if batch.is_empty:
             return
         params, tags = list(batch.params.items()), list(batch.tags.items())
+        is_suspect = failures >= FAILURES_SUSPECT
         try:
             self._to.log(batch.metrics, params, tags)
         except Refused:
-            self._deliver_apart(batch, (Refused,))
+            self._deliver_apart(batch, (Refused, TryAgain) if is_suspect else (Refused,))
         except TryAgain:
-            if failures < FAILURES_SUSPECT:
+            if not is_suspect:
                 raise
             self._deliver_apart(batch, (Refused, TryAgain))
         self._known_params.update(batch.params)
@@ -158,7 +159,7 @@ class Batches:
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
-            if objection.entry.kind == "metric":
+            if objection.entry.kind == "metric" and objection.is_refusal:
                 self._refused_keys[objection.entry.key] = objection
         batch.refuse(guilty)
 
