@@ -193,14 +193,21 @@ def to_text(what: str, key: str, value: object) -> str:
 def to_float(key: str, value: Any) -> float:
     """Return the number. Raises: TypeError: it is none; names key and value."""
     try:
-        has_float = hasattr(value, "__float__") or hasattr(value, "__index__")
-        return float(value if has_float else value.item())
+        is_text = isinstance(value, str | bytes | bytearray)  # float() would read "1.5"
+        return float(value.item() if is_text or not _has_float(value) else value)
     except OverflowError:
         raise ValueError(f"metric {key!r}: {_short(value)} is too large for a float64") from None
     except Exception as error:  # whatever a foreign __float__ or item raises
         raise TypeError(
             f"metric {key!r}: {_short(value)} ({type(value).__name__}) is no number"
         ) from error
+
+
+def _has_float(value: Any) -> bool:
+    """Return whether float() takes it; arrays of one element only have item()."""
+    if getattr(value, "ndim", 0):
+        return False
+    return hasattr(value, "__float__") or hasattr(value, "__index__")
 
 
 def to_step(step: Any) -> int:

@@ -261,19 +261,22 @@ def test_a_second_daemon_is_refused_in_one_line_and_the_first_one_serves_on(
     node = shared_node
     rank = OnCall(node)
     rank.log(10)
-    other_socket = str(node.runtime / "other.sock")
-    same_spool = the_line(node.command("daemon", "--socket", other_socket), 1)
+    elsewhere = str(node.runtime / "elsewhere" / "relay.sock")
+    same_spool = the_line(node.command("daemon", "--socket", elsewhere), 1)
     assert str(node.spool) in same_spool
     assert "--spool" in same_spool
-    same_socket = the_line(node.command("daemon", "--spool", str(tmp_path / "other")), 1)
-    assert str(node.socket) in same_socket
-    assert "--socket" in same_socket
+    # The journals beside the socket belong to one daemon, too.
+    other = str(tmp_path / "other")
+    for socket in (node.socket, node.runtime / "other.sock"):
+        line = the_line(node.command("daemon", "--spool", other, "--socket", str(socket)), 1)
+        assert str(node.runtime) in line
+        assert "--socket" in line
     both = the_line(node.command("daemon"), 1)
-    assert str(node.socket) in both or str(node.spool) in both
+    assert str(node.runtime) in both or str(node.spool) in both
     # By another name it is the same spool.
     link = tmp_path / "link"
     link.symlink_to(node.spool)
-    the_line(node.command("daemon", "--socket", other_socket, "--spool", str(link)), 1)
+    the_line(node.command("daemon", "--socket", elsewhere, "--spool", str(link)), 1)
     rank.log(10)
     rank.end()
     run = node.wait_until_ended(rank.run_id)
@@ -357,7 +360,7 @@ def test_status_tells_the_numbers_as_they_are(node, mlflow_proxy):
     assert 0 < empty["daemon"]["memory_bytes"] < 500 << 20
     assert "no runs" in node.command("status").stdout
 
-    name, ranks = two_of_three_ranks(node)
+    name, ranks = two_ranks(node, world_size=3)  # the third one never comes
     for rank in ranks:
         rank.log(50)
     wait_for(node, "all is delivered", delivered_records=100, delivered_points=200)
@@ -378,15 +381,16 @@ def test_status_tells_the_numbers_as_they_are(node, mlflow_proxy):
     wait_for(node, "no rank lives", ranks_alive=0, accepted_records=102)
 
 
-def two_of_three_ranks(node: Node) -> tuple[str, list[OnCall]]:
-    """Start ranks 0 and 1 of a run whose rank 2 never comes; return its name and the ranks."""
+def two_ranks(node: Node, world_size: int) -> tuple[str, list[OnCall]]:
+    """Start ranks 0 and 1 of a run; return its name and the ranks."""
     names = {"name": fresh_name("name"), "key": fresh_name("key"), "experiment": fresh_name("e")}
-    return names["name"], [OnCall(node, rank=rank, world_size=3, **names) for rank in range(2)]
+    ranks = [OnCall(node, rank=rank, world_size=world_size, **names) for rank in range(2)]
+    return names["name"], ranks
 
 
 def test_status_tells_what_waits_while_the_server_is_away(node, mlflow_proxy, mlflow_server):
     node.start()
-    name, ranks = two_of_three_ranks(node)
+    name, ranks = two_ranks(node, world_size=2)
     for rank in ranks:
         rank.log(50)
     wait_for(node, "all is delivered", delivered_records=100)
@@ -773,7 +777,7 @@ def test_sigterm_delivers_what_it_can_and_says_what_is_left(node, mlflow_proxy, 
 
 
 def test_a_daemon_with_nothing_to_do_leaves_when_it_was_asked_to(node, mlflow_server):
-    node._daemon_environ["MLFLOW_RELAY_EXIT_WHEN_IDLE_S"] = "1"
+    node._daemon_environ["MLFLOW_RELAY_EXIT_WHEN_IDLE_S"] = "4"  # a rank takes one to come
     node.start()
     rank = OnCall(node)
     rank.log(5)

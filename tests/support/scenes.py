@@ -32,7 +32,8 @@ from tests.support.relay import PATIENCE_S, Node, finish, last_json, wait_until
 from tests.support.servers import MlflowServer
 
 #: What the relay and MLflow set by themselves.
-_OWN_TAGS = ("mlflow.", "relay.", "slurm.", "git.")
+_OWN_TAGS = ("mlflow.", "relay.")
+_OWN_PARAMS = ("training.run_id", "metadata.run_id")  # the default of the setting lineage_params
 
 # ── ranks ──
 
@@ -109,7 +110,7 @@ def fresh_name(what: str) -> str:
 
 @dataclass
 class Stored:
-    """What MLflow has of one run; tags without those that relay and MLflow set themselves."""
+    """What MLflow has of one run, without what relay and MLflow set themselves."""
 
     status: str
     points: list[Place]  #: as `in_order` has them
@@ -134,7 +135,7 @@ def stored(server: MlflowServer, mlflow_run_id: str) -> Stored:
         status=status,
         points=in_order([(key, value, step) for key, value, _, step in found]),
         times_ms=[timestamp_ms for _, _, timestamp_ms, _ in found],
-        params=params,
+        params={key: value for key, value in params.items() if key not in _OWN_PARAMS},
         tags={key: value for key, value in tags.items() if not key.startswith(_OWN_TAGS)},
         all_tags=tags,
     )
