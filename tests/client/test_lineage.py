@@ -25,7 +25,7 @@ WRONG = {
     "too long": ID + "0",
     "another letter": ID[:-1] + "g",
     "a path": f"runs/{ID}",
-    "other digits": "٠" * 32,
+    "other digits": "\N{ARABIC-INDIC DIGIT ZERO}" * 32,
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlflow_relay.launch import relay_run_id
+from mlflow_relay_daemon.lane import lane as lane_module
 from mlflow_relay_daemon.lane.ending import (
     NODE_TAG,
     NodeWord,
@@ -20,7 +21,7 @@ from mlflow_relay_daemon.lane.ending import (
     read_words,
 )
 from mlflow_relay_daemon.lane.lineage import Pending, climb
-from mlflow_relay_daemon.sinks import RunInfo
+from mlflow_relay_daemon.sinks import RunInfo, TryAgain
 from mlflow_relay_daemon.states import Verdict
 from tests.support.fake_mlflow import FakeMlflow, FakeNode
 
@@ -523,6 +524,51 @@ def test_a_late_node_corrects_the_end_that_the_owner_told_without_it(mlflow, nod
     ranks[1].log().end("FAILED")
     other_node.work()
     assert run.info.status == "FAILED"
+
+
+def test_a_run_that_failed_and_then_ended_well_has_no_reason_left(mlflow, node, other_node):
+    node.start("job").log().vanish()
+    node.work()
+    run = mlflow.of(id_of("job"))
+    assert "vanished" in run.tags["relay.end_reason"]
+    other_node.start("job").log().end()
+    other_node.work()
+    assert run.info.status == "FINISHED"
+    assert run.tags["relay.end_reason"] == ""
+
+
+# ── creation ──
+
+
+def test_a_create_that_comes_to_the_server_after_the_end_leaves_no_second_run(
+    mlflow, node, monkeypatch
+):
+    lost: list[str] = []
+
+    def lose_first_create(request: str) -> None:
+        if request == "create_run" and not lost:
+            lost.append(request)
+            raise TryAgain("no answer")
+
+    mlflow.before = lose_first_create
+    run_id = node.start("job").log().end()
+    node.work()
+    node.work()
+    run = mlflow.of(run_id)
+    mlflow.before = lambda _request: None
+    tags = [("relay.run_id", run_id), ("relay.run_key", "job")]
+    double = mlflow.create_run(
+        run.info.experiment_id, run_name="", user="", start_time_ms=1, tags=tags
+    )
+    monkeypatch.setattr(lane_module, "LATE_LOOK_S", 0.0)
+    node.restart()
+    waits = node.work()
+    assert waits == {run_id: None}
+    assert mlflow.runs[double].info.lifecycle_stage == "deleted"
+    assert mlflow.of(run_id) is run
+    before = len(mlflow.requests)
+    node.work()
+    assert len(mlflow.requests) == before, "it has looked once"
 
 
 # ── words ──

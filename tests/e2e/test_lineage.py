@@ -295,8 +295,9 @@ def test_lineage_is_right_in_every_order_of_delivery(tmp_path, mlflow_server):
         assert values(mlflow_server, run.info.run_id) == [0, 1]
         assert run.info.status == "FINISHED"
     show(
-        f"{len(ORDERS)} orders, {there} runs: made {made_s - begin_s:.1f} s, delivered "
-        f"{delivered_s - made_s:.1f} s, linked in {rounds} more rounds {linked_s - delivered_s:.1f} s"
+        f"{len(ORDERS)} orders, {there} runs: made {made_s - begin_s:.1f} s, "
+        f"delivered {delivered_s - made_s:.1f} s, "
+        f"linked in {rounds} more rounds {linked_s - delivered_s:.1f} s"
     )
 
 
@@ -475,7 +476,7 @@ def test_a_link_waits_for_its_parent_over_restarts_and_is_made_when_it_comes(
         for stop in (node.kill, node.stop):
             stop()
             node.start()
-            assert node.run(child)["waits_for"] == [parent]
+            assert node.run(child)["waits_for"] == [parent, parent]  # as parent, and as fork
             assert waits(only(mlflow_server, child))
         collect_and_leave(elsewhere, runs=1)
         deliver_and_leave(elsewhere)
@@ -591,44 +592,54 @@ def test_what_cannot_be_is_refused_at_the_call_and_leaves_nothing(node, argument
 
 # ── elastic restarts ──
 
+
+def torchrun_environ(rank: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "TORCHELASTIC_RUN_ID": TORCH_ID,
+    }
+
+
+def slurm_environ(rank: int) -> dict[str, str]:
+    return {
+        "SLURM_CLUSTER_NAME": CLUSTER,
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+
+
+TORCH_ID, CLUSTER = str(uuid.uuid4()), uuid.uuid4().hex
 RESTARTS = {
-    "torchrun": (
-        {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": str(uuid.uuid4())},
-        "TORCHELASTIC_RESTART_COUNT",
-    ),
-    "a requeued Slurm job": (
-        {
-            "SLURM_JOB_ID": "4711",
-            "SLURM_STEP_ID": "0",
-            "SLURM_PROCID": "0",
-            "SLURM_STEP_NUM_TASKS": "2",
-            "SLURM_STEP_NUM_NODES": "1",
-            "SLURM_STEP_TASKS_PER_NODE": "2",
-            "SLURM_LOCALID": "0",
-            "SLURM_NODEID": "0",
-            "SLURM_CLUSTER_NAME": uuid.uuid4().hex,
-        },
-        "SLURM_RESTART_COUNT",
-    ),
+    "torchrun": (torchrun_environ, "TORCHELASTIC_RESTART_COUNT"),
+    "a requeued Slurm job": (slurm_environ, "SLURM_RESTART_COUNT"),
 }
 
 
 @pytest.mark.parametrize(("environ", "count"), RESTARTS.values(), ids=RESTARTS)
 def test_a_restarted_job_goes_on_in_the_same_run(node, mlflow_server, environ, count):
-    environ = {**environ, "MLFLOW_RELAY_RUN_KEY": ""}
-    start = {"experiment_name": "ours"}
-    if count.startswith("TORCH"):
-        start["run_key"] = environ["TORCHELASTIC_RUN_ID"]  # alone, it would be a new training
-    rank = Rank(node, environ, **start)
-    rank.log(0, 5)
-    rank.kill()
-    run_id = rank.run_id
+    ranks = [Rank(node, environ(rank), experiment_name="ours") for rank in range(2)]
+    run_id = ranks[0].run_id
+    for rank in ranks:
+        assert rank.run_id == run_id
+        rank.log(0, 5)
+        rank.kill()
     when(mlflow_server, run_id, lambda run: run.info.status == "FAILED", "it has failed")
-    again = Rank(node, {**environ, count: "1"}, **start)
-    assert again.run_id == run_id
+    again = [Rank(node, {**environ(rank), count: "1"}, experiment_name="ours") for rank in range(2)]
     when(mlflow_server, run_id, lambda run: run.info.status == "RUNNING", "it runs again")
-    again.log(5, 10)
-    again.leave()
+    for rank in again:
+        assert rank.run_id == run_id
+        rank.log(5, 10)
+        rank.leave()
     run = when(mlflow_server, run_id, lambda run: run.info.status == "FINISHED", "it ended well")
-    assert values(mlflow_server, run.info.run_id) == list(range(10))
+    for key in ("loss", "rank_1/loss"):
+        assert values(mlflow_server, run.info.run_id, key) == list(range(10))
     assert not run.data.tags.get("relay.end_reason")

@@ -19,6 +19,9 @@ from tests.support.servers import MlflowServer, Point
 if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
+#: What the daemon adds to every run's params (DESIGN, 7); the MLflow run id is their value.
+LINEAGE_PARAMS = ("training.run_id", "metadata.run_id")
+
 #: key, step, value
 Logged = tuple[str, int, float]
 
@@ -188,6 +191,11 @@ def ended_run(node: Node, server: MlflowServer, run_key: str) -> MlflowRun:
     """Return the one MLflow run of this job once the daemon says that it has ended."""
     ended_status(node, run_key)
     return only_run(server, run_key)
+
+
+def own_params(run: MlflowRun) -> dict[str, str]:
+    """Return the params of a run that its ranks have logged."""
+    return {key: value for key, value in run.data.params.items() if key not in LINEAGE_PARAMS}
 
 
 def wait_for_points(server: MlflowServer, mlflow_run_id: str, count: int) -> list[Point]:

@@ -140,9 +140,10 @@ class Rank:
 
     def _hear(self) -> str:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"the rank has ended: {self.process.wait()}"
-        return line.strip()
+        while line := self.process.stdout.readline():
+            if not line.startswith("no daemon has acknowledged"):
+                return line.strip()
+        raise AssertionError(f"the rank has ended: {self.process.wait()}")
 
 
 # ── what MLflow shows ──

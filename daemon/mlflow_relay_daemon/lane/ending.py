@@ -81,9 +81,9 @@ class Ending:
         if is_followed(info.tags, card):
             end = None
         elif self._said:
-            end = self._agreed(own, words, info)
+            end = self._agreed(own, info)
         if end is not None:
-            self._to.set_tags(self._tags(end))
+            self._to.set_tags(self._tags(end, info.tags))
             self._to.update(status=end.status, end_time_ms=end.end_ms)
         with self._to.run.lock:
             card.status, card.end_ms, card.end_reason = own.status, own.end_ms, own.reason
@@ -138,9 +138,10 @@ class Ending:
             run.settle(mark)
         return mark
 
-    def _tags(self, end: Verdict) -> list[Tag]:
+    def _tags(self, end: Verdict, before: Mapping[str, str]) -> list[Tag]:
         card, damaged = self._to.card, self._to.run.mark.damaged_records
-        tags = [(END_REASON_TAG, end.reason)] if end.reason or card.end_reason else []
+        has_reason = end.reason or before.get(END_REASON_TAG)
+        tags = [(END_REASON_TAG, end.reason)] if has_reason else []
         if card.lost_records:
             tags.append((LOST_TAG, str(card.lost_records)))
         if damaged:
@@ -173,33 +174,29 @@ class Ending:
             word.node != self._to.node for word in read_words(tags, self._to.card.run_id)
         )
 
-    def _agreed(self, own: Verdict, ranks: list[RankWord], info: RunInfo) -> Verdict | None:
+    def _agreed(self, own: Verdict, info: RunInfo) -> Verdict | None:
         """Return the end that all nodes agree on; None: another node will tell it.
 
         Raises: NotYet: this node is the owner, and others are not done.
         """
         card = self._to.card
         said = read_words(info.tags, card.run_id)
-        if any((word.alive_since_ms or 0) > own.end_ms for word in said):
+        alive_ms = [word.alive_since_ms for word in said if word.alive_since_ms is not None]
+        if any(since_ms > own.end_ms for since_ms in alive_ms):
             return None  # the ranks have been started again, there
         latest: dict[int, tuple[RankWord, str]] = {}
         for word in said:
             for rank in word.ranks:
                 if rank.rank not in latest or rank.start_ms > latest[rank.rank][0].start_ms:
                     latest[rank.rank] = (rank, word.node)
-        ends = [rank.end for rank, _ in latest.values()] or [own]
-        # What ended before the newest rank here began may be a word on ranks that live again.
-        newest_ms = max((rank.start_ms for rank in ranks), default=0)
-        current = [each for each in latest.values() if each[0].end.end_ms >= newest_ms]
-        if self._are_all(current):
-            return worst(ends)
-        if self._are_all(list(latest.values())) and info.status != "RUNNING":
-            return worst(ends)  # the owner could not wait for this word
+        end = worst([rank.end for rank, _ in latest.values()] or [own])
+        if self._are_all(list(latest.values())) and not alive_ms:
+            return end
         if not card.is_owned:
             return None
         if not self.is_leaving and time.monotonic() - self._said_s < OWNERS_PATIENCE_S:
             raise NotYet("waits for the other nodes to end", retry_after_s=ASK_AGAIN_S)
-        return worst(ends)
+        return end
 
     def _are_all(self, found: list[tuple[RankWord, str]]) -> bool:
         """Return whether these are all ranks, or some of all nodes: not every rank may log."""

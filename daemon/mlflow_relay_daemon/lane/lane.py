@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 
 from mlflow_relay_daemon.dead_letters import DeadLetters
@@ -36,6 +37,8 @@ BLOCKED_RETRY_S = 60.0
 FULL_BATCH_BYTES = 64 << 10
 #: How long what is left of a request's records waits for more.
 REST_WAIT_S = 0.25
+#: A create that was given up long ago may still come to the server: look for it after this time.
+LATE_LOOK_S = 60.0
 #: How long a run waits while its dead letters or its card cannot be written.
 DISK_RETRY_S = 5.0
 
@@ -61,6 +64,7 @@ class Lane:
         self.is_parked = False  #: all is delivered, but a link waits for another run
         self._failures = 0
         self._one_request = threading.Lock()  # see above: never two to one run
+        self._late_look_s: float | None = None
         self._rng = random.Random()
         self._on_news = on_news
         self._to = destination
@@ -142,10 +146,29 @@ class Lane:
             if card.state is RunState.OPEN:
                 self._to.ask(self._creation.remove_doubles)
             self._ending.tell()
+        waits = [self._late_doubles_s()]
         if self._links.is_waiting():
-            self.is_parked = True
-            return LOOK_AGAIN_S
-        return None
+            waits.append(LOOK_AGAIN_S)
+        known = [wait_s for wait_s in waits if wait_s is not None]
+        self.is_parked = bool(known)
+        return min(known, default=None)
+
+    def _late_doubles_s(self) -> float | None:
+        """Look once more, a while after the end, if creation had to be tried again: the first try
+        may have come to the server only now. Return in how many seconds, None: done."""
+        card = self.run.card
+        if card.state is not RunState.ENDED or card.create_attempts < 2:
+            return None
+        now_s = time.monotonic()
+        if self._late_look_s is None:
+            self._late_look_s = now_s + LATE_LOOK_S
+        if now_s >= self._late_look_s:
+            self._to.ask(self._creation.remove_doubles)
+            with self.run.lock:
+                card.create_attempts = 1
+                self.run.save_card()
+            return None
+        return self._late_look_s - now_s
 
     def _create(self) -> None:
         """Have an MLflow run, and know it. Crash: at any line, it is found again by its tag."""
