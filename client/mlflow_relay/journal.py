@@ -162,24 +162,22 @@ class Journal:
                 file = self._current
                 at = file.tail
                 end = at + size
-                if end > file.limit:
-                    if self._sealed:
-                        raise RelayError("the run has ended: start_run makes a new one")
-                    if self._roll(size):
-                        continue
-                    self.lost += 1
-                    self._words[LOST_WORD] = self.lost
-                    return False
-                file.map[at:end] = entry
-                # A signal handler that logged between these lines (RLock lets it in) has put its
-                # record here and moved the tail: then ours goes behind it. From here to the counter
-                # there must be no call: Python runs handlers at calls and loops only.
-                if file.tail == at:
+                if end <= file.limit:
+                    # A signal handler may log in the middle of a log call (RLock lets it in), but
+                    # not between the reading of the tail and the counter: Python runs handlers at
+                    # calls, loops and (3.10) jumps that are taken, and here is none of them.
+                    file.map[at:end] = entry
                     file.tail = end
                     file.words[TAIL_WORD] = end  # one aligned store, of which there is no half
                     self.next_seq += 1
                     self._words[NEXT_SEQ_WORD] = self.next_seq
                     return True
+                if self._sealed:
+                    raise RelayError("the run has ended: start_run makes a new one")
+                if not self._roll(size):
+                    self.lost += 1
+                    self._words[LOST_WORD] = self.lost
+                    return False
 
     def seal(self, record: bytes) -> None:
         """Keep the last record; there is room for it. What comes later is refused."""
