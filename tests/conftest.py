@@ -12,6 +12,10 @@ from tests.support import MlflowServer, TcpProxy
 #: last changes: they are run by `make unproven`, and move into `make test` file by file. An entry
 #: here is a debt, not a verdict.
 UNPROVEN = (
+    "e2e/test_main_job.py",
+    "e2e/test_kills.py",
+    "e2e/test_outages.py",
+    "e2e/test_lineage_command.py",
     "e2e/test_bad_bytes.py",
     "e2e/test_bad_data.py",
     "e2e/test_disk.py",
