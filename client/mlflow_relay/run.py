@@ -389,8 +389,15 @@ def _end_at_exit_of_worker() -> None:
     process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
     if process is not None and util is not None and process.parent_process() is not None:
-        # Called while the exception that ends the child, if any, is still being handled.
-        util.Finalize(None, lambda: _end_all(sys.exc_info()[1]), exitpriority=0)
+        # Called while the exception that ends the child, if any, is still being handled. What is
+        # being handled now is the parent's, in whose `except` the child was forked.
+        parents = sys.exc_info()[1]
+
+        def end() -> None:
+            error = sys.exc_info()[1]
+            _end_all(None if error is parents else error)
+
+        util.Finalize(None, end, exitpriority=0)
 
 
 atexit.register(_end_at_exit)

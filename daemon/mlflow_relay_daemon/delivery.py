@@ -14,6 +14,9 @@ from mlflow_relay_daemon.retry import Breaker, Stopped
 
 log = logging.getLogger(__name__)
 
+#: How long requests that are under way may still take when the daemon stops.
+STOP_TIMEOUT_S = 2.0
+
 
 class Delivery:
     """Works lanes when they are due.
@@ -59,14 +62,19 @@ class Delivery:
             return not self._busy and all(lane.is_parked for lane in self._due_s)
 
     def stop(self) -> None:
-        """Let every thread finish its request and leave."""
+        """Let every thread finish its request, if that is soon, and leave.
+
+        One that waits for a server that does not answer ends with the process: its batch is not
+        settled, and is delivered again.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         self._breaker.stop()
+        until_s = time.monotonic() + STOP_TIMEOUT_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join()
+                thread.join(max(0.0, until_s - time.monotonic()))
 
     def _schedule(self, lane: Lane, delay_s: float) -> None:
         due_s = time.monotonic() + delay_s
