@@ -6,6 +6,10 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     PARAMS   [2, t, {key: value}]
     TAGS     [3, t, {key: value}]
     END      [4, t, status, reason]
+    CALL     [8, t, name, body]                                body: JSON, as bin
+
+CALL is what MLflow's API has besides these, kept at its place among them by the daemon itself for
+those who speak MLflow to it; ranks do not send it.
 
 The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
 call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
@@ -23,7 +27,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END = 1, 2, 3, 4
+METRICS, PARAMS, TAGS, END, CALL = 1, 2, 3, 4, 8
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -69,7 +73,15 @@ class End(NamedTuple):
     reason: str  #: "" if there is nothing to tell
 
 
-Record = Metrics | Params | Tags | End
+class Call(NamedTuple):
+    """A request of MLflow's REST API that changes the run."""
+
+    timestamp_ms: int
+    name: str  #: such as "runs/delete-tag"
+    body: bytes  #: its JSON, without the run's id
+
+
+Record = Metrics | Params | Tags | End | Call
 
 
 class MetricsPacker:
@@ -137,6 +149,11 @@ def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
     return _packed([END, timestamp_ms, status, reason])
 
 
+def pack_call(name: str, body: bytes, timestamp_ms: int) -> bytes:
+    """Return the record of a request of MLflow's API."""
+    return _packed([CALL, timestamp_ms, name, body])
+
+
 def unpack_record(record: bytes) -> Record:
     """Return the call that a record holds, every type checked.
 
@@ -161,6 +178,9 @@ def unpack_record(record: bytes) -> Record:
                 if status not in END_STATUSES:
                     raise FormatError(f"a run cannot end {status!r}")
                 return End(timestamp_ms, status, reason)
+            case [kind, timestamp_ms, str(name), bytes(body)] if kind == CALL:
+                _check_kind_and_time(kind, timestamp_ms)
+                return Call(timestamp_ms, name, body)
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them

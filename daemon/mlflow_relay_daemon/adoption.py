@@ -104,7 +104,7 @@ class Watcher:
         for hosted in list(self._runs.by_id.values()):
             for name, card in list(hosted.run.card.sessions.items()):
                 session = bytes.fromhex(name)
-                if card.closed or session in journals:
+                if card.closed or card.is_own or session in journals:
                     continue
                 try:
                     self._runs.close_session(hosted, session, lost=0)

@@ -17,6 +17,14 @@ from mlflow_relay_daemon.spool.card import Card, Link, SessionCard
 
 TAGS_MAX = 100
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_OPTIONAL: dict[str, Any] = {
+    "node_count": 0,
+    "resume": "",
+    "resume_mode": "child",
+    "fork": "",
+    "experiment_id": "",
+    "is_plain": False,
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Attachment:
     resume: str = ""
     resume_mode: str = "child"
     fork: str = ""
+    experiment_id: str = ""  #: the server's, where the name does not say it
+    is_plain: bool = False  #: MLflow's own code speaks: no params of ours
 
     def new_card(self) -> Card:
         """Return the card of a run that nothing was known of."""
@@ -56,6 +66,8 @@ class Attachment:
             resume_mode=self.resume_mode,
             parent=Link(self.resume) if self.resume else None,
             fork=Link(self.fork) if self.fork else None,
+            experiment_id=self.experiment_id or None,
+            is_introduced=self.is_plain,
         )
 
     def session_card(self) -> SessionCard:
@@ -76,13 +88,12 @@ def read_attachment(payload: bytes) -> Attachment:
     Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
     """
     session = unpack_session(payload)
-    fields = {"node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
-    fields |= unpack_map(payload)
+    fields = {**_OPTIONAL, **unpack_map(payload)}
     tags = _of_type(fields, "tags", dict)
     if len(tags) > TAGS_MAX or set(map(type, [*tags, *tags.values()])) - {str}:
         raise FormatError(f"tags are not at most {TAGS_MAX} texts by text")
     mode = _text(fields, "resume_mode")
-    if mode not in RESUME_MODES:
+    if mode not in (*RESUME_MODES, "guest"):
         raise FormatError(f"resume_mode {mode[:20]!r}")
     return Attachment(
         session=session,
@@ -101,6 +112,8 @@ def read_attachment(payload: bytes) -> Attachment:
         resume=_run_id(fields, "resume", optional=True),
         resume_mode=mode,
         fork=_run_id(fields, "fork", optional=True),
+        experiment_id=_text(fields, "experiment_id"),
+        is_plain=_of_type(fields, "is_plain", bool),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
     )
 

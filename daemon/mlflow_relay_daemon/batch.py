@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import End, Metrics, Params, Record, Tags
+from mlflow_relay.records import Call, End, Metrics, Params, Record, Tags
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
@@ -20,7 +20,7 @@ _METRIC_OVERHEAD_BYTES = 80  # of JSON around a key
 class Entry(NamedTuple):
     """One thing that MLflow may refuse on its own account."""
 
-    kind: str  #: "metric", "param" or "tag"
+    kind: str  #: "metric", "param", "tag" or "call"
     key: str
     value: float | str
     timestamp_ms: int
@@ -46,6 +46,7 @@ class Batch:
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     objections: list[Objection] = field(default_factory=list)
+    call: Call | None = None  #: a request of its own: with it there is nothing else to send
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
     records: int = 0
     last_record_ms: int = 0
@@ -54,6 +55,8 @@ class Batch:
     def has_room_for(self, record: Record) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
+        if self.call is not None or (isinstance(record, Call) and self.records):
+            return False
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
@@ -94,6 +97,8 @@ class Batch:
                     self.times_ms["tag" + key] = record.timestamp_ms
             case End():
                 self.ends.append((session, record))
+            case Call():
+                self.call = record
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]
@@ -140,7 +145,7 @@ class Batch:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
-        return not (self.metrics or self.params or self.tags)
+        return not (self.metrics or self.params or self.tags or self.call)
 
 
 def _metric_entry(metric: Metric) -> Entry:

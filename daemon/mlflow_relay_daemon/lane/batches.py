@@ -12,7 +12,7 @@ from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
-from mlflow_relay_daemon.sinks import Refused, SinkError, TryAgain
+from mlflow_relay_daemon.sinks import Refused, RunGone, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
 
@@ -139,6 +139,9 @@ class Batches:
             self._set_apart_refused(batch)
         if batch.is_empty:
             return
+        if batch.call is not None:
+            self._call(batch, batch.call)
+            return
         params, tags = list(batch.params.items()), list(batch.tags.items())
         is_suspect = failures >= FAILURES_SUSPECT
         try:
@@ -150,6 +153,23 @@ class Batches:
                 raise
             self._deliver_apart(batch, (Refused, TryAgain))
         self._known_params.update(batch.params)
+
+    def _call(self, batch: Batch, call: records.Call) -> None:
+        """Carry out a request that stands between records.
+
+        MLflow says "no such thing" of a tag or a model as it does of a run. Of the run it is asked
+        again: without it everything waits; without the other thing this request is refused.
+        """
+        run_id = self._to.mlflow_run_id
+        body = self._translation.of_call(call.body)
+        try:
+            self._to.ask(lambda: self._to.sink.call(call.name, {**body, "run_id": run_id}))
+        except (Refused, RunGone) as refusal:
+            found = self._to.ask(lambda: self._to.sink.get_run(run_id))
+            if isinstance(refusal, RunGone) and found.lifecycle_stage != "active":
+                raise
+            entry = Entry("call", call.name, call.body.decode(), call.timestamp_ms, None)
+            batch.objections.append(Objection(entry, str(refusal), refusal.error_code))
 
     def _deliver_apart(self, batch: Batch, refusals: tuple[type[SinkError], ...]) -> None:
         # The witness is a tag that the run has already: if even that fails, it is the server that
@@ -208,7 +228,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind != "record" and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", "call") and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

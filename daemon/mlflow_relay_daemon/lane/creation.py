@@ -21,7 +21,6 @@ import logging
 from mlflow_relay_daemon.lane.destination import (
     LAST_LIFE_TAG,
     OWNER_TAG,
-    RESUMED_BY_TAG,
     RUN_ID_TAG,
     RUN_KEY_TAG,
     Destination,
@@ -50,7 +49,7 @@ class Creation:
         Raises: NotYet: somebody else must come first; SinkError.
         """
         card = self._to.card
-        experiment_id = self._to.sink.experiment_id(card.experiment_name)
+        experiment_id = card.experiment_id or self._to.sink.experiment_id(card.experiment_name)
         active = self._find(experiment_id)
         if not active:
             if not card.is_owned:
@@ -88,7 +87,10 @@ class Creation:
         if found.lifecycle_stage != "active":
             raise RunGone(f"run {found.run_id}, which is to go on, was deleted: restore it")
         card = self._to.card
-        tags: list[Tag] = [(RESUMED_TAG, "True"), (RESUMED_BY_TAG + card.run_id, "True")]
+        if card.resume_mode == "guest":
+            self._to.sink.log_batch(found.run_id, [], [], [self._to.witness])
+            return found
+        tags: list[Tag] = [(RESUMED_TAG, "True"), self._to.witness]
         is_last = not is_followed(found.tags, card)
         if is_last:
             tags.append((LAST_LIFE_TAG, f"{card.start_ms} {card.run_id}"))

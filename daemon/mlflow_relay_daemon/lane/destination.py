@@ -53,7 +53,7 @@ class Destination:
     @property
     def witness(self) -> Tag:
         """A tag that the MLflow run has already: setting it again changes nothing."""
-        if self.card.resume_mode == "same" and not self.card.is_origin:
+        if self.card.itself() is not None:
             return RESUMED_BY_TAG + self.card.run_id, "True"
         return RUN_ID_TAG, self.card.run_id
 

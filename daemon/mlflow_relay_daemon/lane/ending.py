@@ -70,6 +70,9 @@ class Ending:
         told = (card.status, card.end_ms, card.end_reason)
         if card.state is RunState.ENDED and told == (own.status, own.end_ms, own.reason):
             return
+        if card.is_guest:
+            self._settle(own)
+            return
         words = rank_words(sessions, mark.last_record_ms)
         if not self._is_alone():
             self._say(words)
@@ -85,6 +88,10 @@ class Ending:
         if end is not None:
             self._to.set_tags(self._tags(end, info.tags))
             self._to.update(status=end.status, end_time_ms=end.end_ms)
+        self._settle(own)
+
+    def _settle(self, own: Verdict) -> None:
+        card = self._to.card
         with self._to.run.lock:
             card.status, card.end_ms, card.end_reason = own.status, own.end_ms, own.reason
             card.state = next_state(card.state, RunEvent.STATUS_DELIVERED)

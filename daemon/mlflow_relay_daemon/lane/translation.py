@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
+
+import orjson
 
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lineage import Resolver
@@ -49,6 +52,14 @@ class Translation:
             return None
         self._known[value] = value if found is None else found.run_id
         return self._known[value]
+
+    def of_call(self, body: bytes) -> dict[str, Any]:
+        """Return the body of a request, its texts translated as far as they are known by now."""
+        content: dict[str, Any] = orjson.loads(body)
+        return {
+            key: (self.of(value) or value) if isinstance(value, str) else value
+            for key, value in content.items()
+        }
 
     def _is_awaited(self, value: str) -> bool:
         """Return whether the id is one that will be known some day."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 #: key, value, timestamp in ms since 1970, step
 Metric = tuple[str, float, int, int]
@@ -165,6 +165,13 @@ class Sink(Protocol):
         run_name: str | None = None,
     ) -> None:
         """Change what is given; idempotent."""
+        ...
+
+    def call(self, name: str, body: dict[str, Any]) -> None:
+        """Carry out another request of MLflow's API that changes a run.
+
+        Args: name: its path, such as "runs/delete-tag"; body: its JSON object, `run_id` in it.
+        """
         ...
 
     def delete_run(self, run_id: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
+import orjson
+
 from mlflow_relay_daemon.sinks import Metric, Param, RunGone, RunInfo, ServerAway, Tag
 from mlflow_relay_daemon.sinks.answers import answer_object
 from mlflow_relay_daemon.sinks.bodies import (
@@ -163,6 +165,11 @@ class RestSink:
         """Change what is given; idempotent."""
         body = update_run_body(run_id, status, end_time_ms, run_name)
         self._call(f"update run {run_id}", "POST", "/runs/update", body)
+
+    def call(self, name: str, body: dict[str, Any]) -> None:
+        """Carry out another request of MLflow's API that changes a run."""
+        asked = f"{name} of run {body['run_id']}"
+        self._call(asked, "POST", f"/{name}", orjson.dumps(body), repeatable=False)
 
     def delete_run(self, run_id: str) -> None:
         """Delete (MLflow can restore it); a run that is deleted already is no error."""

@@ -162,6 +162,12 @@ class StoreSink:
             lambda store: store.update_run_info(run_id, code, end_time_ms, run_name),
         )
 
+    def call(self, name: str, body: dict[str, Any]) -> None:
+        """Carry out another request of MLflow's API that changes a run."""
+        from mlflow_relay_daemon.sinks.store_calls import carry_out
+
+        self._ask(f"{name} of run {body['run_id']}", lambda store: carry_out(store, name, body))
+
     def delete_run(self, run_id: str) -> None:
         """Delete (MLflow can restore it); a run that is deleted already is no error."""
         try:

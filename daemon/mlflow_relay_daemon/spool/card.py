@@ -31,6 +31,7 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    is_own: bool = False  #: the daemon's, for what comes over HTTP: it has no journal
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Card:
         goes on, and what texts that name it are to say.
         """
         links = self.open_links() if self.is_owned else []
-        if self.parent is not None and self.resume_mode == "same" and self.state is RunState.NEW:
+        if self.itself() is not None and self.state is RunState.NEW and self.parent is not None:
             links.append(self.parent)
         held = {value for _, _, value in self.held}
         links += [each for each in (self.parent, self.fork) if each and each.asked in held]
@@ -98,10 +99,17 @@ class Card:
         ]
 
     def itself(self) -> str | None:
-        """Return the id of the run that goes on as itself (mode "same"), if one is to."""
-        if self.parent is None or self.is_origin or self.resume_mode != "same":
+        """Return the id of the run that goes on as itself (modes "same" and "guest"), if any."""
+        if self.parent is None or self.is_origin or self.resume_mode == "child":
             return None
         return self.parent.asked
+
+    @property
+    def is_guest(self) -> bool:
+        """It writes to a run that is others': its end is told only if a rank here took it over."""
+        return self.resume_mode == "guest" and not any(
+            session.primary for session in list(self.sessions.values())
+        )
 
     def resumed_parent(self) -> Link | None:
         """Return the link to the run under which this one is to hang, if there is one."""

@@ -194,6 +194,34 @@ class RunSpool:
 
     # ── both ──
 
+    def place(self) -> Place:
+        """Return where delivery stands."""
+        with self.lock:
+            return Place(self.mark.segment, self.mark.offset)
+
+    def pieces_since(self, place: Place) -> Iterator[tuple[Place, segment.Piece, Place]]:
+        """Yield what stands from a place on, as `pieces` does; for any thread.
+
+        Segments that are delivered while it reads stay readable for it.
+        """
+        with self.lock:
+            spans = []
+            for number in sorted(each for each in self._ends if each >= place.segment):
+                begin = place.offset if number == place.segment else 0
+                path = segment.path_of(self.folder, number)
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                spans.append((number, fd, begin or self._start_of(number), self._ends[number]))
+        try:
+            for number, fd, start, end in spans:
+                at = start
+                while at < end:
+                    piece = segment.read_piece(fd, at, end)
+                    yield Place(number, at), piece, Place(number, piece.end)
+                    at = piece.end
+        finally:
+            for _, fd, _, _ in spans:
+                os.close(fd)
+
     def waiting_bytes(self) -> int:
         """Return the bytes of frames behind the watermark."""
         with self.lock:
