@@ -160,6 +160,13 @@ class Config:
         default=("config.training.fork_run_id",),
         metadata=_setting("names", "Params that name the run that was forked.", optional=True),
     )  # fmt: skip
+    http_port: int | None = field(
+        default=None,
+        metadata=_setting(
+            "count", "Loopback port for metrics, health and a page; 0: any that is free.",
+            flag="--http-port", least=0, most=65535, optional=True,
+        ),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",

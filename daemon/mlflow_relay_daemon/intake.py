@@ -206,10 +206,7 @@ class Intake:
             self._runs.spool.check_space(sum(len(frame) for _, frame in frames))
             hosted.run.append(frames)
         except OSError as error:
-            self._counters.count(
-                "fsync_failures", f"not written, not acknowledged: {error.strerror or error}"
-            )
-            self.is_full = True
+            self._note_full("not written, not acknowledged", error)
             self._full_until_s = time.monotonic() + FULL_PAUSE_S
             return False
         if self.is_full:
@@ -217,6 +214,10 @@ class Intake:
             self.is_full = False
         self._runs.notify(hosted)
         return True
+
+    def _note_full(self, what: str, error: OSError) -> None:
+        self._counters.count("fsync_failures", f"{what}: {error.strerror or error}")
+        self.is_full = True
 
     def _ack(self, session: bytes) -> None:
         live = self.sessions[session]
@@ -251,7 +252,7 @@ class Intake:
             self._refuse(peer, payload, error)
             raise
         except OSError as error:
-            self._counters.count("fsync_failures", f"no session attached: {error.strerror}")
+            self._note_full("no session attached", error)
             return  # it asks again
         name = attachment.session
         self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
@@ -285,7 +286,7 @@ class Intake:
         try:
             self._runs.close_session(session.hosted, name, lost)
         except OSError as error:
-            self._counters.count("fsync_failures", f"no session closed: {error.strerror}")
+            self._note_full("no session closed", error)
             return  # it asks again
         self.forget(name)
         self._send(peer, messages.DETACHED, name)

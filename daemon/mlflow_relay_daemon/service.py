@@ -9,8 +9,11 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
@@ -31,13 +34,20 @@ from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
 
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.api.http import HttpServer
+
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 #: How often journals are looked at: within it a vanished rank is noticed.
 LOOK_EVERY_S = 0.5
 RUNTIME_LOCK = "daemon.lock"
 #: The default interval, 5 ms, is how long a lane that computes may keep intake from its socket.
 SWITCH_INTERVAL_S = 0.0005
+#: How long other threads wait for the loop: one fsync of a busy disk.
+LOOP_TIMEOUT_S = 5.0
 
 
 def run_daemon(config: Config) -> int:
@@ -66,9 +76,10 @@ class Service:
     """
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = self._config = config
         self._stopping = False
         self._looked_s = self._busy_s = time.monotonic()
+        self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._runtime_lock = _lock_runtime_folder(config)
         self._spool = _open_spool(config)
         self._delivery = None
@@ -81,12 +92,13 @@ class Service:
             )
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
-        self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
+        self.runs = self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
         self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
         control.answer_later = self._intake.answer_later
+        self._http = self._open_http()
 
     def serve(self) -> None:
         """Take what ranks send, until asked to stop or idle for long enough."""
@@ -101,6 +113,8 @@ class Service:
             self._config.spool,
             "offline" if self._config.offline else redact_uri(self._config.tracking_uri),
         )
+        if self._http is not None:
+            self._http.start()
         _notify_systemd("READY=1")
         while not self._stopping and not self._is_idle_for_long():
             self._turn()
@@ -136,7 +150,31 @@ class Service:
         self._stopping = True
         self._intake.wake()
 
+    def in_loop(self, function: Callable[[], T]) -> T:
+        """Return what a function returns that the loop's thread runs; for all other threads.
+
+        Raises: TimeoutError: the loop did not come to it; and whatever the function raises.
+        """
+        answer: Future[T] = Future()
+        self._asked.append((answer, function))
+        self._intake.wake()
+        try:
+            return answer.result(LOOP_TIMEOUT_S)
+        finally:
+            answer.cancel()  # nobody waits for it any more
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last thing that was to be stored was not."""
+        return self._intake.is_full
+
+    def stalled_s(self) -> float:
+        """Return since when the loop has not come round; normally less than a second."""
+        return time.monotonic() - self._looked_s
+
     def close(self) -> None:
+        if self._http is not None:
+            self._http.stop()
         self._intake.close()
         if self._delivery is not None:
             self._delivery.stop()
@@ -148,12 +186,23 @@ class Service:
 
     def _turn(self, wait_s: float = LOOK_EVERY_S) -> None:
         self._intake.turn(wait_s)
+        self._answer_threads()
         if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
             if self._intake.bind_again():
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
             _notify_systemd("WATCHDOG=1")
+
+    def _answer_threads(self) -> None:
+        while self._asked:
+            answer, function = self._asked.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                answer.set_result(function())
+            except Exception as error:  # noqa: BLE001  # who asked is to know
+                answer.set_exception(error)
 
     def _look(self) -> None:
         self._looked_s = now_s = time.monotonic()
@@ -163,8 +212,28 @@ class Service:
 
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(
-            sessions_open=len(self._intake.sessions), is_full=self._intake.is_full
+            sessions_open=len(self._intake.sessions),
+            is_full=self._intake.is_full,
+            http_port=None if self._http is None else self._http.port,
         )
+
+    def _open_http(self) -> HttpServer | None:
+        """Return the HTTP server, if one is wanted and has its port."""
+        port = self._config.http_port
+        if port is None:
+            return None
+        from mlflow_relay_daemon.api.http import HttpServer
+
+        try:
+            return HttpServer(self, port)
+        except OSError as error:
+            # Ranks do not need it: a port that another user's daemon has is no reason to stay away.
+            log.error(
+                "no HTTP on port %d: %s: choose another --http-port, or 0 for any that is free",
+                port,
+                error.strerror,
+            )
+            return None
 
     def _is_idle_for_long(self) -> bool:
         limit_s = self._config.exit_when_idle_s

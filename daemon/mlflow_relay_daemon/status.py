@@ -36,13 +36,15 @@ class StatusReader:
         self._process = psutil.Process()
         self._started_ms = _now_ms()
 
-    def read(self, *, sessions_open: int, is_full: bool) -> dict[str, Any]:
+    def read(
+        self, *, sessions_open: int, is_full: bool, http_port: int | None = None
+    ) -> dict[str, Any]:
         """Return the status object."""
         spool = self._runs.spool
         return {
             "schema_version": SCHEMA_VERSION,
             "time_ms": _now_ms(),
-            "daemon": self._daemon(sessions_open),
+            "daemon": {**self._daemon(sessions_open), "http_port": http_port},
             "server": _server(self._runs.breaker),
             "disk": {
                 "spool_bytes": spool.segment_bytes(),

@@ -1,0 +1,96 @@
+"""The daemon's one local HTTP port: the server's life, who may ask, and what is mounted there.
+
+Loaded only when `http_port` is set. The server runs in a thread of its own; what a handler wants
+of the daemon's state it asks for with `Service.in_loop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from mlflow_relay_daemon.api import health
+
+if TYPE_CHECKING:
+    from starlette.routing import BaseRoute
+
+    from mlflow_relay_daemon.service import Service
+
+log = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+#: Another name in the Host header is a page of the internet that had its own name resolved to
+#: loopback (DNS rebinding), in a browser on this machine or behind a tunnel to it.
+HOST_NAMES = [HOST, "localhost"]
+CONNECTIONS_MAX = 256  # a thousand clients of one port are a mistake, and must not take all memory
+STOP_TIMEOUT_S = 2.0
+
+
+class HttpServer:
+    """The HTTP server of one daemon.
+
+    Args: port: 0: one that is free; `port` says which.
+    Raises: OSError: the port is taken.
+    """
+
+    def __init__(self, service: Service, port: int) -> None:
+        self._listener = _listen(port)
+        self.port: int = self._listener.getsockname()[1]
+        config = uvicorn.Config(
+            Starlette(
+                routes=_routes(service),
+                middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOST_NAMES)],
+            ),
+            log_config=None,  # the daemon's own logging
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            server_header=False,
+            limit_concurrency=CONNECTIONS_MAX,
+            timeout_graceful_shutdown=1,
+        )
+        self._server = uvicorn.Server(config)
+        # Signals are the main thread's: uvicorn leaves them alone in any other.
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        log.info("http://%s:%d/relay/ shows this daemon", HOST, self.port)
+
+    def stop(self) -> None:
+        """Let requests under way end, if that is soon."""
+        self._server.should_exit = True
+        if self._thread.is_alive():
+            self._thread.join(STOP_TIMEOUT_S)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        try:
+            self._server.run(sockets=[self._listener])
+        except Exception:  # the port may be lost, the daemon goes on
+            log.exception("the HTTP server has ended")
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # A daemon that comes back must not wait for the kernel to forget old connections.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+        listener.listen(128)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _routes(service: Service) -> list[BaseRoute]:
+    """Return all that is served here; one room each."""
+    return [*health.routes(service)]
