@@ -134,6 +134,14 @@ class MetricsPacker:
         return form, fixed
 
 
+def pack_points(
+    keys: Sequence[str], values: Sequence[float], steps: Sequence[int], timestamp_ms: int
+) -> bytes:
+    """Return the record of points of one time, whose keys may repeat; all must be checked."""
+    packed = struct.pack(f">{len(values)}d", *values)
+    return _packed([METRICS, timestamp_ms, list(steps), list(keys), packed])
+
+
 def pack_params(items: Mapping[str, str], timestamp_ms: int) -> bytes:
     """Return the record of params; keys and values must have passed `check_key` and `to_text`."""
     return _packed([PARAMS, timestamp_ms, items])

@@ -86,6 +86,14 @@ class Runs:
         self.notify(hosted)
         return hosted
 
+    def make(self, card: Card) -> Hosted:
+        """Return a new run; its card is on the disk. Raises: OSError."""
+        run = self.spool.open_run(card)
+        run.save_card()
+        hosted = self._host(run)
+        self.notify(hosted)
+        return hosted
+
     def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
         """The session is over, all that it had is in the spool.
 

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from mlflow_relay_daemon.api import health
+from mlflow_relay_daemon.api import health, tracking_routes
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -93,4 +93,4 @@ def _listen(port: int) -> socket.socket:
 
 def _routes(service: Service) -> list[BaseRoute]:
     """Return all that is served here; one room each."""
-    return [*health.routes(service)]
+    return [*health.routes(service), *tracking_routes.routes(service)]

@@ -214,6 +214,8 @@ class Batches:
                     if known is not None:
                         known.end_status, known.end_reason = end.status, end.reason
                         known.end_ms = end.timestamp_ms
+                        # Nobody says DETACH for the daemon itself, should it die before it can.
+                        known.closed |= known.is_own
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
         self._to.run.settle(mark)

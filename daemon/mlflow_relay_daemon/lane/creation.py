@@ -141,7 +141,7 @@ class Creation:
         self._to.sink.create_run(
             experiment_id,
             run_name=root.run_name if root and not card.is_named else card.run_name,
-            user=card.tags.get("mlflow.user", ""),
+            user=card.user or card.tags.get("mlflow.user", ""),
             start_time_ms=card.start_ms,
             tags=list(tags.items()),
         )

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakKeyDictionary
@@ -112,6 +112,35 @@ class HttpClient:
                 return self._exchange_once(method, path, body, headers, secrets)
         except (HTTPError, OSError, ValueError) as error:
             why = scrub(_in_words(error, self._timeout), secrets)
+            raise ServerAway(f"{self.uri} cannot be reached: {why}") from None
+
+    def open(
+        self,
+        method: str,
+        target: str,
+        body: bytes | IO[bytes] | None,
+        headers: Mapping[str, str],
+    ) -> urllib3.BaseHTTPResponse:
+        """Send somebody else's request, with our credentials; return the answer, unread.
+
+        Args: target: path and query, below the base.
+        Raises: ServerAway: no answer.
+        """
+        credentials = read_credentials(os.environ, self._userinfo)
+        try:
+            return self._current_pool().request(
+                method,
+                self.base + target,
+                body=body,
+                headers={**headers, **credentials.headers},
+                timeout=self._timeout,
+                retries=False,
+                redirect=False,
+                preload_content=False,
+                decode_content=False,
+            )
+        except (HTTPError, OSError, ValueError) as error:
+            why = scrub(_in_words(error, self._timeout), credentials.secrets)
             raise ServerAway(f"{self.uri} cannot be reached: {why}") from None
 
     def close(self) -> None:

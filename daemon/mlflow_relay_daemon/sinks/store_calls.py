@@ -15,8 +15,9 @@ def carry_out(store: Any, name: str, body: dict[str, Any]) -> None:
     """
     from mlflow import entities
     from mlflow.protos import service_pb2 as protos
-    from mlflow.utils.proto_json_utils import parse_dict
+    from mlflow.utils import proto_json_utils
 
+    parse_dict: Any = proto_json_utils.parse_dict
     run_id = body["run_id"]
     match name:
         case "runs/update":
