@@ -39,6 +39,8 @@ KEY_CHARS_MAX = 1000
 
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
+#: In the place of a status: the process has left, and the run goes on without it.
+GOES_ON = "RUNNING"
 
 _INT64 = 0xD3
 _METRICS_HEAD = bytes((0x95, METRICS, _INT64))
@@ -183,7 +185,7 @@ def unpack_record(record: bytes) -> Record:
                 return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
             case [kind, timestamp_ms, str(status), str(reason)] if kind == END:
                 _check_kind_and_time(kind, timestamp_ms)
-                if status not in END_STATUSES:
+                if status not in (*END_STATUSES, GOES_ON):
                     raise FormatError(f"a run cannot end {status!r}")
                 return End(timestamp_ms, status, reason)
             case [kind, timestamp_ms, str(name), bytes(body)] if kind == CALL:

@@ -15,6 +15,7 @@ from typing import Any
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import FormatError
 from mlflow_relay.messages import pack_map, unpack_map
+from mlflow_relay_daemon.exits import CommandError
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.lane import by_hand
 from mlflow_relay_daemon.lane.relatives import IDS_MAX, relatives
@@ -22,6 +23,9 @@ from mlflow_relay_daemon.retry import Stopped
 from mlflow_relay_daemon.sinks import SinkError
 
 log = logging.getLogger(__name__)
+
+#: Of what the plugin and the local endpoint say to each other besides MLflow's own API.
+API_VERSION = 1
 
 
 class Control:
@@ -31,6 +35,7 @@ class Control:
         read_status: returns the status object.
         look: takes over what dead ranks left, now.
         in_journals: returns a run's records that its ranks hold.
+        open_door: starts the local endpoint if there is none, and returns port and token.
         answer_later: sends an answer from another thread; set by the service.
     """
 
@@ -40,7 +45,9 @@ class Control:
         read_status: Callable[[], dict[str, Any]],
         look: Callable[[], None],
         in_journals: Callable[[Hosted], int],
+        open_door: Callable[[], tuple[int, str]] | None = None,
     ) -> None:
+        self._open_door = open_door
         self._runs, self._read_status = runs, read_status
         self._look, self._in_journals = look, in_journals
         self.answer_later: Callable[[bytes, bytes], None] = lambda _peer, _payload: None
@@ -58,6 +65,9 @@ class Control:
                     return _ok(pid=os.getpid(), version=__version__)
                 case "status":
                     return _ok(status=self._read_status())
+                case "door":
+                    threading.Thread(target=self._door, args=(peer,), name="door").start()
+                    return None
                 case "flush":
                     return _ok(targets=self._flush(request))
                 case "dead_letters":
@@ -71,6 +81,16 @@ class Control:
         if not isinstance(command, str):
             raise FormatError("a control request without a command")
         return _failed(f"{command[:40]!r} is no command of this daemon ({__version__})")
+
+    def _door(self, peer: bytes) -> None:
+        try:
+            if self._open_door is None:
+                raise CommandError("this daemon has no local endpoint")
+            port, token = self._open_door()
+            fields = {"port": port, "token": token, "api": API_VERSION, "version": __version__}
+            self.answer_later(peer, _ok(**fields))
+        except (CommandError, OSError) as error:
+            self.answer_later(peer, _failed(f"the local endpoint: {error}"))
 
     def _flush(self, request: dict[str, Any]) -> dict[str, int]:
         if self._runs.delivery is None:

@@ -72,6 +72,10 @@ class Runs:
                     known.closed = True
                     raise
             elif known is None:
+                if attachment.primary:
+                    # A process with a lock takes the place of the daemon, which spoke for it.
+                    for each in run.card.sessions.values():
+                        each.closed |= each.is_own
                 run.card.sessions[name] = attachment.session_card()
                 run.card.world_size = max(run.card.world_size, attachment.world_size)
                 # The run began when its first rank did, whichever reached us first.

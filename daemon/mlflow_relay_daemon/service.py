@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -95,9 +96,16 @@ class Service:
         self.runs = self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
-        control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
+        control = Control(
+            self._runs,
+            self._read_status,
+            self._look,
+            self._watcher.in_journals,
+            self._open_door,
+        )
         self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
         control.answer_later = self._intake.answer_later
+        self._door_lock = threading.Lock()
         self._http = self._open_http()
 
     def serve(self) -> None:
@@ -234,6 +242,20 @@ class Service:
                 error.strerror,
             )
             return None
+
+    def _open_door(self) -> tuple[int, str]:
+        """Return port and token of the local endpoint, started if nobody has asked for it yet; from
+        a thread, for what it imports takes a moment.
+
+        Raises: OSError, CommandError: there is none.
+        """
+        from mlflow_relay_daemon.api.http import HttpServer
+
+        with self._door_lock:
+            if self._http is None:
+                self._http = HttpServer(self, 0)
+                self._http.start()
+            return self._http.port, self._http.token
 
     def _is_idle_for_long(self) -> bool:
         limit_s = self._config.exit_when_idle_s

@@ -33,11 +33,15 @@ class Access:
 
     def __init__(self, folder: Path) -> None:
         self.token = secrets.token_hex(16)
-        path = folder / TOKEN_NAME
-        path.unlink(missing_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._path = folder / TOKEN_NAME
+        self._path.unlink(missing_ok=True)
+        fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
             file.write(self.token)
+
+    def close(self) -> None:
+        """The token is void: its file goes."""
+        self._path.unlink(missing_ok=True)
 
     def check(self, request: Request) -> None:
         """Raises: ApiError: this request is nobody's of ours."""

@@ -17,6 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mlflow_relay_daemon.api import health, tracking_routes
+from mlflow_relay_daemon.api.access import Access
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -43,9 +44,11 @@ class HttpServer:
     def __init__(self, service: Service, port: int) -> None:
         self._listener = _listen(port)
         self.port: int = self._listener.getsockname()[1]
+        self._access = Access(service.config.socket.parent)
+        self.token = self._access.token
         config = uvicorn.Config(
             Starlette(
-                routes=_routes(service),
+                routes=_routes(service, self._access),
                 middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOST_NAMES)],
             ),
             log_config=None,  # the daemon's own logging
@@ -70,6 +73,7 @@ class HttpServer:
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
         self._listener.close()
+        self._access.close()
 
     def _serve(self) -> None:
         try:
@@ -79,7 +83,9 @@ class HttpServer:
 
 
 def _listen(port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # The protocol is named, because asyncio switches Nagle's algorithm off only where it is: else
+    # each answer waits 40 ms for the client's delayed ack.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         # A daemon that comes back must not wait for the kernel to forget old connections.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -91,6 +97,6 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _routes(service: Service) -> list[BaseRoute]:
-    """Return all that is served here; one room each."""
-    return [*health.routes(service), *tracking_routes.routes(service)]
+def _routes(service: Service, access: Access) -> list[BaseRoute]:
+    """Return all that is served here; one room each, and the one that takes all the rest last."""
+    return [*health.routes(service), *tracking_routes.routes(service, access)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+from mlflow_relay.records import GOES_ON
 from mlflow_relay_daemon.api.view import View, stored
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import Place
@@ -89,6 +90,8 @@ def _life(card: Card, *, end_waits: bool) -> Json:
     own = verdict(ranks, card.end_ms or card.start_ms)
     if card.state is RunState.ENDED and card.status == own.status:
         return {}  # MLflow has been told; what it says since is its own
+    if own.status == GOES_ON:
+        return {"status": own.status}
     return {"status": own.status, "end_time": own.end_ms}
 
 

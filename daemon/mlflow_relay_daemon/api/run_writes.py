@@ -22,7 +22,7 @@ from mlflow_relay_daemon.api.writer import rank_session
 from mlflow_relay_daemon.batch import PARAM_CHARS_MAX
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.sinks import Metric
-from mlflow_relay_daemon.spool.card import Card
+from mlflow_relay_daemon.spool.card import OWN_KEY, Card
 
 #: How long a new run may take to get the server's id, before the client is given ours.
 CREATE_WAIT_S = 2.0
@@ -70,7 +70,7 @@ class RunWrites:
             is_introduced=True,  # params are the client's own
             experiment_id=servers_id,
         )
-        card.run_key = f"api/{card.run_id}"
+        card.run_key = OWN_KEY + card.run_id
         later = {key: value for key, value in tags.items() if key not in at_once}
         with kept():
             hosted = self._places.writer.make_run(card)
@@ -117,6 +117,17 @@ class RunWrites:
         self._places.keep(hosted, [_call("runs/restore", {})])
         self._places.mark_deleted(hosted, deleted=False)
         return {}
+
+    def place_of(self, body: Body) -> Json:
+        """Tell the plugin what it needs to open a session of its own for a run."""
+        run_id = checks.run_id(body)
+        hosted = self._places.open(run_id)
+        is_new = hosted.run.accepted_records == 0
+        params = [] if is_new else self._reads.run(hosted, run_id)["data"]["params"]
+        return {
+            "relay_run_id": hosted.run.card.run_id,
+            "params": {each["key"]: each["value"] for each in params},
+        }
 
     def log_batch(self, body: Body) -> Json:
         run_id = checks.run_id(body)

@@ -55,6 +55,7 @@ class Tracking:
         }
         self.reads: dict[str, Answer] = {
             "runs/get": reads.get_run,
+            "relay/run": writes.place_of,
             "metrics/get-history": reads.metric_history,
             "experiments/get": experiments.get,
             "experiments/get-by-name": experiments.get_by_name,

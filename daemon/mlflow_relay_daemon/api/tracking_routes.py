@@ -43,7 +43,7 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 Answering = Callable[[Request], Any]
 
 
-def routes(service: Service) -> list[BaseRoute]:
+def routes(service: Service, access: Access) -> list[BaseRoute]:
     """Return MLflow's API; stands last, because it passes on whatever nobody else has taken."""
     config = service.config
     is_http = config.tracking_uri.startswith(("http://", "https://")) and not config.offline
@@ -54,7 +54,7 @@ def routes(service: Service) -> list[BaseRoute]:
     experiments = Experiments(spool.disk, spool.folder, redact_uri(config.tracking_uri))
     writer = Writer(service.runs, service.in_loop)
     tracking = Tracking(service.runs, writer, upstream, experiments)
-    doors = _Doors(tracking, upstream, Access(config.socket.parent))
+    doors = _Doors(tracking, upstream, access)
     return [
         Route("/health", _health),
         Route("/version", doors.version),

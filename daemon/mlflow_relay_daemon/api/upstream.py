@@ -17,8 +17,8 @@ from mlflow_relay_daemon.sinks.http_client import HttpClient
 API = "/api/2.0/mlflow/"
 #: After a failure nobody waits for the server for so long: a training that asks does not stand
 #: still for one connect timeout after the other.
-HOLD_OFF_S = 2.0
-CONNECT_TIMEOUT_S = 5.0
+HOLD_OFF_S = 5.0
+CONNECT_TIMEOUT_S = 3.0
 CONNECTIONS_MAX = 64  # a page of the UI asks for a dozen things at once
 CHUNK_BYTES = 1 << 16
 #: Between one connection and the next; what stands here is no part of the request itself.

@@ -66,7 +66,8 @@ class View:
                     self._set_tag(key, text, place)
             case records.End():
                 self.info["status"] = record.status, place
-                self.info["end_time"] = record.timestamp_ms, place
+                if record.status != records.GOES_ON:
+                    self.info["end_time"] = record.timestamp_ms, place
             case records.Call():
                 self._take_call(place, record.name, orjson.loads(record.body))
 

@@ -170,6 +170,14 @@ class Batches:
                 raise
             entry = Entry("call", call.name, call.body.decode(), call.timestamp_ms, None)
             batch.objections.append(Objection(entry, str(refusal), refusal.error_code))
+        else:
+            self._note_deletion(call.name)
+
+    def _note_deletion(self, name: str) -> None:
+        if name in ("runs/delete", "runs/restore"):
+            with self._to.run.lock:
+                self._to.card.is_deleted = name == "runs/delete"
+                self._to.run.save_card()
 
     def _deliver_apart(self, batch: Batch, refusals: tuple[type[SinkError], ...]) -> None:
         # The witness is a tag that the run has already: if even that fails, it is the server that

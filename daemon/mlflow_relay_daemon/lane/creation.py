@@ -11,6 +11,9 @@ and after it, and is established by another tag before anything is written to it
                                                               so that whoever else made one has
                                                               established it, and look again
 
+A run that was made over HTTP has a random id that no other node knows: its first create needs no
+search, and establishes it.
+
 Crash: at any line the next try finds by the tag what this one left.
 """
 
@@ -50,6 +53,8 @@ class Creation:
         """
         card = self._to.card
         experiment_id = card.experiment_id or self._to.sink.experiment_id(card.experiment_name)
+        if card.is_only_here and card.create_attempts == 0:
+            return self._to.sink.get_run(self._create(experiment_id))
         active = self._find(experiment_id)
         if not active:
             if not card.is_owned:
@@ -125,7 +130,7 @@ class Creation:
             raise RunGone(f"run {found[0].run_id} was deleted in MLflow: restore it there")
         return active
 
-    def _create(self, experiment_id: str) -> None:
+    def _create(self, experiment_id: str) -> str:
         card, parent = self._to.card, self._to.card.resumed_parent()
         root = self._resolver.find_root(parent.asked) if parent else None
         tags = {**card.tags, RUN_ID_TAG: card.run_id, RUN_KEY_TAG: card.run_key}
@@ -135,10 +140,12 @@ class Creation:
             # From its first moment on: whoever resumes this run must not take it for a root.
             tags[WAITS_FOR_TAG] = parent.asked
             parent.is_waiting = True
+        if card.is_only_here:
+            tags[OWNER_TAG] = self._to.node
         with self._to.run.lock:
             card.create_attempts += 1
             self._to.run.save_card()
-        self._to.sink.create_run(
+        return self._to.sink.create_run(
             experiment_id,
             run_name=root.run_name if root and not card.is_named else card.run_name,
             user=card.user or card.tags.get("mlflow.user", ""),

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from mlflow_relay.records import GOES_ON
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination, is_followed
 from mlflow_relay_daemon.sinks import NotYet, RunInfo, Tag
 from mlflow_relay_daemon.spool.card import SessionCard
@@ -65,6 +66,8 @@ class Ending:
         Raises: NotYet: other nodes have a word in it; SinkError, Stopped.
         """
         card, mark = self._to.card, self._count_missing()
+        if mark is None:
+            return  # something has come since: it is delivered first
         sessions = list(card.sessions.values())
         own = verdict(sessions, mark.last_record_ms)
         told = (card.status, card.end_ms, card.end_reason)
@@ -87,7 +90,10 @@ class Ending:
             end = self._agreed(own, info)
         if end is not None:
             self._to.set_tags(self._tags(end, info.tags))
-            self._to.update(status=end.status, end_time_ms=end.end_ms)
+            if end.status == GOES_ON:
+                self._to.update(status=end.status)
+            else:
+                self._to.update(status=end.status, end_time_ms=end.end_ms)
         self._settle(own)
 
     def _settle(self, own: Verdict) -> None:
@@ -130,20 +136,24 @@ class Ending:
         sessions = list(self._to.card.sessions.values())
         return sorted({each.rank for each in sessions if each.primary})
 
-    def _count_missing(self) -> Watermark:
-        """What was acknowledged and cannot be found any more is counted; return the watermark."""
+    def _count_missing(self) -> Watermark | None:
+        """What was acknowledged and cannot be found any more is counted; return the watermark, None
+        if not all is delivered: what waits is not missing."""
         run = self._to.run
-        mark = Watermark(**vars(run.mark))
-        seen = Sequences(mark.sequences)
-        missing = 0
-        for name, session in list(run.card.sessions.items()):
-            seen.give_up(bytes.fromhex(name), session.first_seq)
-            missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
-        if missing:
-            mark.sequences = seen.save()
-            mark.damaged_records += missing
-            run.settle(mark)
-        return mark
+        with run.lock:
+            if not run.is_drained():
+                return None
+            mark = Watermark(**vars(run.mark))
+            seen = Sequences(mark.sequences)
+            missing = 0
+            for name, session in list(run.card.sessions.items()):
+                seen.give_up(bytes.fromhex(name), session.first_seq)
+                missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
+            if missing:
+                mark.sequences = seen.save()
+                mark.damaged_records += missing
+                run.settle(mark)
+            return mark
 
     def _tags(self, end: Verdict, before: Mapping[str, str]) -> list[Tag]:
         card, damaged = self._to.card, self._to.run.mark.damaged_records

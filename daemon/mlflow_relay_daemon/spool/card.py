@@ -14,6 +14,8 @@ from mlflow_relay_daemon.states import RunState
 
 NAME = "card.json"
 VERSION = 1
+#: The run key of a run that was made over HTTP begins so.
+OWN_KEY = "api/"
 
 
 @dataclass
@@ -69,6 +71,7 @@ class Card:
     experiment_id: str | None = None
     mlflow_run_id: str | None = None
     create_attempts: int = 0  #: more than one: a lost answer may have left a second run behind
+    is_deleted: bool = False  #: in MLflow, by its own client: its end is told to nobody
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
@@ -104,6 +107,11 @@ class Card:
         if self.parent is None or self.is_origin or self.resume_mode == "child":
             return None
         return self.parent.asked
+
+    @property
+    def is_only_here(self) -> bool:
+        """Its id is random and came up in this daemon: nobody else can have made the run."""
+        return self.run_key == OWN_KEY + self.run_id
 
     @property
     def is_guest(self) -> bool:
