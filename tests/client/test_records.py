@@ -434,7 +434,7 @@ def test_a_message_that_only_looks_like_a_record_is_a_format_error(kind, time, r
         [2, NOW_MS, {f"k{index}": "v" for index in range(101)}],
         [3, NOW_MS, {"k": b"v"}],
         [3, 1 << 63, {"k": "v"}],
-        [4, NOW_MS, "RUNNING", ""],
+        [4, NOW_MS, "SCHEDULED", ""],
         [4, NOW_MS, "FINISHED", None],
         [4, True, "FINISHED", ""],
         [5, NOW_MS, {}],
