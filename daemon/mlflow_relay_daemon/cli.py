@@ -30,6 +30,7 @@ _HERE = "mlflow_relay_daemon.commands"
 # name: where it is, and its first help line, repeated here so that --help imports none of them
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "daemon": (f"{_HERE}.daemon:daemon", "Run this node's daemon in the foreground."),
+    "exec": (f"{_HERE}.exec:exec_", "Run COMMAND with this node's daemon beside it."),
     "status": (f"{_HERE}.status:status", "Show what is accepted, delivered and waiting."),
     "flush": (f"{_HERE}.flush:flush", "Deliver now what was accepted before this call."),
     "runs": (f"{_HERE}.runs:runs", "List the runs that the spool knows."),

@@ -103,6 +103,11 @@ class Config:
             flag="--exit-when-idle", least=0, most=2_592_000, optional=True,
         ),
     )  # fmt: skip
+    sidecar: bool = field(
+        default=False,
+        metadata=_setting("switch", "Leave when no `mlflow-relay exec` needs it any more; SIGTERM "
+                          "waits for that, too.", flag="--sidecar"),
+    )  # fmt: skip
     drain_timeout_s: float = field(
         default=10.0,
         metadata=_setting("seconds", "After SIGTERM, deliver for at most so many seconds; the "

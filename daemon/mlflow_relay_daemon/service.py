@@ -28,6 +28,7 @@ from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lease import RUNTIME_LOCK, is_leased
 from mlflow_relay_daemon.logs import set_up_logging
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
@@ -44,7 +45,6 @@ T = TypeVar("T")
 
 #: How often journals are looked at: within it a vanished rank is noticed.
 LOOK_EVERY_S = 0.5
-RUNTIME_LOCK = "daemon.lock"
 #: The default interval, 5 ms, is how long a lane that computes may keep intake from its socket.
 SWITCH_INTERVAL_S = 0.0005
 #: How long other threads wait for the loop: one fsync of a busy disk.
@@ -78,7 +78,8 @@ class Service:
 
     def __init__(self, config: Config) -> None:
         self.config = self._config = config
-        self._stopping = False
+        self._stopped_s: float | None = None  # when it was told to leave
+        self._is_leased = True
         self._looked_s = self._busy_s = time.monotonic()
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._runtime_lock = _lock_runtime_folder(config)
@@ -124,13 +125,13 @@ class Service:
         if self._http is not None:
             self._http.start()
         _notify_systemd("READY=1")
-        while not self._stopping and not self._is_idle_for_long():
+        while not self._is_over():
             self._turn()
         _notify_systemd("STOPPING=1")
 
     def drain(self) -> int:
         """Deliver what is left, for as long as the drain may take; return an exit code."""
-        until_s = time.monotonic() + self._config.drain_timeout_s
+        until_s = (self._stopped_s or time.monotonic()) + self._config.drain_timeout_s
         self._look()
         while self._watcher.is_behind and time.monotonic() < until_s:
             self._look()  # what dead ranks left in memory is on the disk before we go
@@ -155,7 +156,7 @@ class Service:
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
-        self._stopping = True
+        self._stopped_s = self._stopped_s or time.monotonic()
         self._intake.wake()
 
     def in_loop(self, function: Callable[[], T]) -> T:
@@ -200,6 +201,7 @@ class Service:
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
+            self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
             _notify_systemd("WATCHDOG=1")
 
     def _answer_threads(self) -> None:
@@ -256,6 +258,20 @@ class Service:
                 self._http = HttpServer(self, 0)
                 self._http.start()
             return self._http.port, self._http.token
+
+    def _is_over(self) -> bool:
+        """Return whether to leave: told to, or not needed any more.
+
+        A sidecar shares the fate of the job's processes, and the SIGTERM that ends the job reaches
+        all of them: it stays for those that still write their last words.
+        """
+        stopped_s = self._stopped_s
+        if not self._config.sidecar:
+            return stopped_s is not None or self._is_idle_for_long()
+        if not self._is_leased and not self._intake.sessions:
+            return True
+        limit_s = self._config.drain_timeout_s
+        return stopped_s is not None and time.monotonic() - stopped_s >= limit_s
 
     def _is_idle_for_long(self) -> bool:
         limit_s = self._config.exit_when_idle_s

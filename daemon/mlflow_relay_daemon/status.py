@@ -75,6 +75,7 @@ class StatusReader:
             "socket": str(self._config.socket),
             "tracking_uri": redact_uri(self._config.tracking_uri),
             "offline": self._config.offline,
+            "sidecar": self._config.sidecar,
             "memory_bytes": self._process.memory_info().rss,
             "cpu_s": times.user + times.system,
             "sessions_open": sessions_open,

@@ -23,12 +23,12 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service"],
-    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane"],
-    ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
+    ["service", "api"],
+    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "sidecar"],
+    ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool", "lease"],
     ["states", "config", "control_client"],
     ["setting", "counters"],
-    ["exits", "logs", "words"],
+    ["exits", "logs", "witness", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.
 LOWER = {"sinks.redact": 6}

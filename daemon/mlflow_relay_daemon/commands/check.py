@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import stat
 import statistics
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +22,13 @@ from mlflow_relay_daemon.commands._terminal import fold, stdout_width
 from mlflow_relay_daemon.config import SETTINGS, Config, describe, unknown_variables
 from mlflow_relay_daemon.control_client import ControlClient, NoDaemon
 from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
+from mlflow_relay_daemon.spool.disk import lock_holder
 from mlflow_relay_daemon.words import bytes_text, one_line
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 LOCK_NAME = "lock"  # in the spool's folder
-FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 SYNCS = 9  # the median of so many is steady, and takes a tenth of a second on a slow disk
 SYNC_BYTES = 64_000
@@ -172,15 +170,6 @@ def check_lock(config: Config) -> Finding:
         return Finding("lock", FAIL, "held by a daemon of another node or container",
                        "give each node a spool of its own with --spool")  # fmt: skip
     return Finding("lock", OK, f"held by the daemon with pid {holder}")
-
-
-def lock_holder(fd: int) -> int | None:
-    """Return the pid that holds the POSIX lock of a file, 0 for one elsewhere, None for nobody."""
-    asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    kind, _, _, _, pid = struct.unpack(FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    if kind == fcntl.F_UNLCK:
-        return None
-    return int(pid) if pid > 0 and Path(f"/proc/{pid}").exists() else 0
 
 
 def check_daemon(config: Config) -> Finding:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,9 +12,10 @@ from mlflow_relay_daemon.commands._json import print_json
 from mlflow_relay_daemon.commands._options import PLACE, example, with_config
 from mlflow_relay_daemon.commands._select import select_runs
 from mlflow_relay_daemon.commands._terminal import fold, print_lines, stdout_width
+from mlflow_relay_daemon.commands._trends import Trends
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.exits import DEGRADED, DONE
-from mlflow_relay_daemon.words import age_text, bytes_text, count_text, one_line, plural
+from mlflow_relay_daemon.words import age_text, bytes_text, one_line, plural
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -24,10 +24,7 @@ Status = dict[str, Any]
 Run = dict[str, Any]
 
 WATCH_PERIOD_S = 2.0
-ERROR_COLUMN_WIDTH_MIN = 110  # narrower terminals read the errors below the table
 NAME_SHOWN_MAX = 40  # in a sentence; the table shows more of it where there is room
-STATE_STYLES = {"running": "green", "waiting": "yellow", "ending": "yellow", "blocked": "bold red",
-                "ended": "dim"}  # fmt: skip
 
 
 @click.command(
@@ -46,67 +43,75 @@ STATE_STYLES = {"running": "green", "waiting": "yellow", "ending": "yellow", "bl
     help=f"Repeat until Ctrl+C, every {WATCH_PERIOD_S:g} s if nothing else is said.",
 )  # fmt: skip
 @click.option("--run", "names", multiple=True, metavar="RUN", help="Only this run; repeatable.")
+@click.option(
+    "--all-nodes", "folder", type=click.Path(path_type=Path), metavar="DIR",
+    help="Read the spools of all nodes in this folder of a shared file system.",
+)  # fmt: skip
 @with_config(*PLACE)
-def status(config: Config, as_json: bool, period_s: float | None, names: tuple[str, ...]) -> None:
+def status(
+    config: Config,
+    as_json: bool,
+    period_s: float | None,
+    names: tuple[str, ...],
+    folder: Path | None,
+) -> None:
     """Show what is accepted, delivered and waiting.
 
-    Without a daemon it shows what the spool holds, and says so.
+    Without a daemon it shows what the spool holds, and says so. --watch adds the points delivered
+    per second and the way of each backlog.
     """
+
+    def look() -> View:
+        return _gather_runs(config, names, folder)
+
     if period_s is not None:
-        _watch(config, names, period_s, as_json)
-    view = _gather_runs(config, names)
+        from mlflow_relay_daemon.commands._watch import watch
+
+        watch(look, draw, period_s, as_json=as_json)
+    view = look()
     if view.note:
         click.echo(f"mlflow-relay: {view.note}", err=True)
     if as_json:
         print_json(view.status)
     else:
-        print_lines(status_lines(view.status, stdout_width()))
+        print_lines(draw(view, stdout_width()))
     click.get_current_context().exit(DEGRADED if troubles(view.status) else DONE)
 
 
-def _gather_runs(config: Config, names: tuple[str, ...]) -> View:
-    view = gather(config)
+def _gather_runs(config: Config, names: tuple[str, ...], folder: Path | None) -> View:
+    if folder is None:
+        view = gather(config)
+    else:
+        from mlflow_relay_daemon.commands._all_nodes import merged, read_nodes
+
+        view = View(merged(read_nodes(folder)))
     if not names:
         return view
     runs = select_runs(view.status["runs"], names)
     return View({**view.status, "runs": runs}, view.note)
 
 
-def _watch(config: Config, names: tuple[str, ...], period_s: float, as_json: bool) -> None:
-    """Print again and again; left by Ctrl+C."""
-    while as_json or stdout_width() is None:
-        shown = _gather_runs(config, names).status
-        if as_json:
-            print_json(shown, on_one_line=True)
-        else:
-            print_lines(status_lines(shown, None))
-            click.echo()
-        sys.stdout.flush()
-        time.sleep(period_s)
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
-
-    with Live(auto_refresh=False, screen=True) as live:
-        while True:
-            view = _gather_runs(config, names)
-            note = [Text(line) for line in fold(view.note or "", live.console.width)]
-            lines = [*note, *status_lines(view.status, live.console.width)]
-            live.update(Group(*lines), refresh=True)
-            time.sleep(period_s)
-
-
 # --- print ------------------------------------------------------------------------------------
 
 
-def status_lines(status: Status, width: int | None) -> list[Text]:
-    """Return the status as lines of at most `width` columns: header, one line per run, troubles."""
+def draw(view: View, width: int | None, trends: Trends | None = None) -> list[Text]:
+    """Return a view as lines."""
+    return status_lines(view.status, width, trends)
+
+
+def status_lines(status: Status, width: int | None, trends: Trends | None = None) -> list[Text]:
+    """Return the status as lines of at most `width` columns: header, one line per run, troubles.
+
+    Args: trends: of a status that is shown again and again.
+    """
     from rich.text import Text
+
+    from mlflow_relay_daemon.commands._run_table import ERROR_COLUMN_WIDTH_MIN, run_lines
 
     lines = [Text(line) for text in header(status) for line in fold(text, width, " " * 8)]
     lines.append(Text())
     if status["runs"]:
-        lines += _run_lines(status, width)
+        lines += run_lines(status, width, trends)
     else:
         lines.append(Text("no runs"))
     below = [(f"! {trouble}", "red") for trouble in troubles(status)]
@@ -122,6 +127,10 @@ def status_lines(status: Status, width: int | None) -> list[Text]:
 
 def header(status: Status) -> list[str]:
     """Return what is known of daemon, server and disk, one sentence each."""
+    if "nodes" in status:
+        from mlflow_relay_daemon.commands._all_nodes import node_lines
+
+        return [*node_lines(status), f"disk    {_disk_words(status['disk'])}"]
     return [
         f"daemon  {_daemon_words(status)}",
         f"server  {_server_words(status)}",
@@ -166,42 +175,6 @@ def _disk_words(disk: dict[str, Any]) -> str:
     words += f" (quota {bytes_text(quota)})" if quota is not None else ""
     words += f", {bytes_text(disk['free_bytes'])} free"
     return ("FULL: " if disk["full"] else "") + words
-
-
-def _run_lines(status: Status, width: int | None) -> list[Text]:
-    from mlflow_relay_daemon.commands._table import Column, lay_out
-
-    columns = [
-        Column("NAME", least=8), Column("RUN"), Column("STATE"), Column("RANKS", right=True),
-        Column("ACCEPTED", right=True), Column("DELIVERED", right=True),
-        Column("WAITING", right=True), Column("OLDEST", right=True), Column("DEAD", right=True),
-    ]  # fmt: skip
-    with_error = width is None or width >= ERROR_COLUMN_WIDTH_MIN
-    if with_error:
-        columns.append(Column("LAST ERROR", least=16))
-    rows = [_run_cells(run, status["time_ms"])[: len(columns)] for run in status["runs"]]
-    return lay_out(columns, rows, width)
-
-
-def _run_cells(run: Run, time_ms: int) -> list[Any]:
-    from mlflow_relay_daemon.commands._table import Cell
-
-    waiting = run["waiting_records"] + run["journal_records"]
-    amount = f"{count_text(waiting)} {bytes_text(run['waiting_bytes'])}" if waiting else "-"
-    oldest = run["oldest_waiting_ms"]
-    state = run["state"] if run["state"] != "ended" else run["status"].lower()
-    return [
-        Cell(run["run_name"] or "-"),
-        Cell(run["run_id"][:8]),
-        Cell(state, STATE_STYLES.get(run["state"], "")),
-        Cell(f"{run['ranks_alive']}/{max(run['ranks_seen'], run['world_size'])}"),
-        Cell(count_text(run["accepted_records"])),
-        Cell(count_text(run["delivered_records"])),
-        Cell(amount),
-        Cell(age_text(time_ms - oldest) if oldest is not None else "-"),
-        Cell(count_text(run["dead_letters"]), "red" if run["dead_letters"] else ""),
-        Cell(run["last_error"] or ""),
-    ]
 
 
 # --- judge ------------------------------------------------------------------------------------

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
+
+_FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 class Disk:
@@ -92,3 +95,12 @@ def try_lock(fd: int) -> bool:
             return False
         raise
     return True
+
+
+def lock_holder(fd: int) -> int | None:
+    """Return the pid that holds the POSIX lock of a file, 0 for one elsewhere, None for nobody."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    if kind == fcntl.F_UNLCK:
+        return None
+    return int(pid) if pid > 0 and Path(f"/proc/{pid}").exists() else 0

@@ -1,0 +1,63 @@
+"""How far the delivery of a node is, when a command that used its daemon has ended."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mlflow_relay_daemon.commands._gather import gather
+from mlflow_relay_daemon.config import Config
+from mlflow_relay_daemon.control_client import ControlClient
+from mlflow_relay_daemon.exits import CommandError
+
+ASK_EVERY_S = 0.5
+
+
+class Drain:
+    """A sidecar leaves by itself when it is done; any other daemon is told to deliver, and asked.
+
+    Args: config: where the daemon and its spool are.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._asked_s = 0.0
+        self._targets: dict[str, int] | None = None  # of a daemon that stays
+        self._status: dict[str, Any] | None = None
+
+    def is_done(self, is_there: bool) -> bool:
+        """Return whether there is nothing more to wait for. Args: is_there: a daemon lives."""
+        if not is_there:
+            return True
+        if time.monotonic() - self._asked_s < ASK_EVERY_S:
+            return False
+        self._asked_s = time.monotonic()
+        try:
+            with ControlClient(self._config.socket, ASK_EVERY_S) as client:
+                self._status = client.status()
+                if self._status["daemon"]["sidecar"]:
+                    return False
+                if self._targets is None:
+                    self._targets = client.flush()
+        except CommandError:
+            return False  # it is leaving, or its disk is busy, or it is offline
+        return not _left(self._status, self._targets)
+
+    def left(self) -> int:
+        """Return how many records are not settled; of a daemon that stays, of those asked for."""
+        try:
+            status = gather(self._config).status
+        except CommandError:
+            status = self._status or {"runs": []}
+        if self._targets is not None:
+            return _left(status, self._targets)
+        return sum(run["waiting_records"] + run["journal_records"] for run in status["runs"])
+
+
+def _left(status: dict[str, Any], targets: dict[str, int]) -> int:
+    """Return how many records of these targets are not settled. Pure."""
+    return sum(
+        max(0, targets[run["run_id"]] - run["settled_records"])
+        for run in status["runs"]
+        if run["run_id"] in targets
+    )
