@@ -66,15 +66,14 @@ class Ending:
         Raises: NotYet: other nodes have a word in it; SinkError, Stopped.
         """
         card, mark = self._to.card, self._count_missing()
-        if mark is None:
-            return  # something has come since: it is delivered first
-        sessions = list(card.sessions.values())
+        # What the daemon keeps for guests says nothing of the end.
+        sessions = [each for each in card.sessions.values() if each.primary or not each.is_own]
         own = verdict(sessions, mark.last_record_ms)
-        told = (card.status, card.end_ms, card.end_reason)
-        if card.state is RunState.ENDED and told == (own.status, own.end_ms, own.reason):
+        told = (card.status, card.end_ms, card.end_reason, card.told_sessions)
+        if card.state is RunState.ENDED and told == (*own, len(sessions)):
             return
         if card.is_guest:
-            self._settle(own)
+            self._settle(own, len(sessions))
             return
         words = rank_words(sessions, mark.last_record_ms)
         if not self._is_alone():
@@ -94,12 +93,13 @@ class Ending:
                 self._to.update(status=end.status)
             else:
                 self._to.update(status=end.status, end_time_ms=end.end_ms)
-        self._settle(own)
+        self._settle(own, len(sessions))
 
-    def _settle(self, own: Verdict) -> None:
+    def _settle(self, own: Verdict, told_sessions: int) -> None:
         card = self._to.card
         with self._to.run.lock:
-            card.status, card.end_ms, card.end_reason = own.status, own.end_ms, own.reason
+            card.status, card.end_ms, card.end_reason = own
+            card.told_sessions = told_sessions
             card.state = next_state(card.state, RunEvent.STATUS_DELIVERED)
             self._to.run.save_card()
 
@@ -136,17 +136,16 @@ class Ending:
         sessions = list(self._to.card.sessions.values())
         return sorted({each.rank for each in sessions if each.primary})
 
-    def _count_missing(self) -> Watermark | None:
-        """What was acknowledged and cannot be found any more is counted; return the watermark, None
-        if not all is delivered: what waits is not missing."""
+    def _count_missing(self) -> Watermark:
+        """What was acknowledged and cannot be found any more is counted; return the watermark."""
         run = self._to.run
-        with run.lock:
-            if not run.is_drained():
-                return None
+        with run.lock:  # what a rank that came back sends meanwhile waits, and is not missing
             mark = Watermark(**vars(run.mark))
+            if not run.is_drained():
+                return mark
             seen = Sequences(mark.sequences)
             missing = 0
-            for name, session in list(run.card.sessions.items()):
+            for name, session in run.card.sessions.items():
                 seen.give_up(bytes.fromhex(name), session.first_seq)
                 missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
             if missing:
