@@ -159,15 +159,17 @@ class Batches:
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
-            if objection.entry.kind == "metric" and objection.is_refusal:
-                self._refused_keys[objection.entry.key] = objection
+            entry = objection.entry
+            if entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0:
+                self._refused_keys[entry.key] = objection
         batch.refuse(guilty)
 
     def _send(self, entries: list[Entry]) -> None:
         self._to.log(*split(entries))
 
     def _set_apart_refused(self, batch: Batch) -> None:
-        """A metric is refused for its name, so once refused, always refused: do not ask again."""
+        """A metric is refused for its name (or a time before 1970), so once refused, always
+        refused: do not ask again."""
         good = [metric for metric in batch.metrics if metric[0] not in self._refused_keys]
         if len(good) == len(batch.metrics):
             return
