@@ -268,11 +268,9 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         answer = http_request(creds, address, "GET", params={"run_id": run_id})
         found = verify_rest_response(answer, address).json()
         try:
-            writer = RunWriter(found["relay_run_id"], self.door.options, is_rank=is_rank)
+            return RunWriter(found, self.door.options, is_rank=is_rank)
         except RelayError as error:
             raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
-        writer.params.update(found["params"])
-        return writer
 
 
 def _text(entity: Any) -> str:

@@ -29,14 +29,14 @@ class RunWriter:
     """Appends records to one run; safe for many threads, and after a fork.
 
     Args:
-        relay_run_id: the run must be in the daemon's spool.
+        place: what the daemon says of the run: relay run id, MLflow run id, names, params.
         is_rank: this process began the run, or goes on with it: if it vanishes, the run has failed.
     """
 
-    def __init__(self, relay_run_id: str, options: Options, *, is_rank: bool) -> None:
+    def __init__(self, place: dict[str, Any], options: Options, *, is_rank: bool) -> None:
         self.is_rank = is_rank
-        self.params: dict[str, str] = {}  #: logged here: MLflow lets nobody change them
-        self._relay_run_id, self._options = relay_run_id, options
+        self.params: dict[str, str] = dict(place["params"])  #: MLflow lets nobody change them
+        self._place, self._options = place, options
         self._lock = Lock()
         self._session: Session | None = self._open(is_rank=is_rank)
         _writers.add(self)
@@ -82,7 +82,7 @@ class RunWriter:
                 "no daemon has acknowledged the last %d records of run %s; they are kept in %s and "
                 "delivered when one runs",
                 session.journal.unacked,
-                self._relay_run_id,
+                self._place["relay_run_id"],
                 session.journal.path,
             )
 
@@ -94,11 +94,15 @@ class RunWriter:
             session.leave_to_parent()
 
     def _open(self, *, is_rank: bool) -> Session:
+        # A daemon with another spool, should one come, knows of the run what stands here.
+        place = self._place
         card: dict[str, Any] = {
-            "run_id": self._relay_run_id,
-            "run_key": f"plugin/{self._relay_run_id}",
-            "experiment_name": "",
-            "run_name": "",
+            "run_id": place["relay_run_id"],
+            "run_key": f"plugin/{place['relay_run_id']}",
+            "experiment_name": place["experiment_name"],
+            "run_name": place["run_name"],
+            "resume": place["mlflow_run_id"],
+            "resume_mode": "guest",
             "rank": 0,
             "world_size": 1,
             "node": os.uname().nodename,

@@ -22,7 +22,6 @@ _OPTIONAL: dict[str, Any] = {
     "resume": "",
     "resume_mode": "child",
     "fork": "",
-    "experiment_id": "",
     "is_plain": False,
 }
 
@@ -48,7 +47,6 @@ class Attachment:
     resume: str = ""
     resume_mode: str = "child"
     fork: str = ""
-    experiment_id: str = ""  #: the server's, where the name does not say it
     is_plain: bool = False  #: MLflow's own code speaks: no params of ours
 
     def new_card(self) -> Card:
@@ -66,7 +64,6 @@ class Attachment:
             resume_mode=self.resume_mode,
             parent=Link(self.resume) if self.resume else None,
             fork=Link(self.fork) if self.fork else None,
-            experiment_id=self.experiment_id or None,
             is_introduced=self.is_plain,
         )
 
@@ -112,7 +109,6 @@ def read_attachment(payload: bytes) -> Attachment:
         resume=_run_id(fields, "resume", optional=True),
         resume_mode=mode,
         fork=_run_id(fields, "fork", optional=True),
-        experiment_id=_text(fields, "experiment_id"),
         is_plain=_of_type(fields, "is_plain", bool),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
     )

@@ -120,7 +120,7 @@ def _both_ways() -> str:
 
 
 def test_every_record_kind_is_described():
-    kinds = {"METRICS", "PARAMS", "TAGS", "END"}
+    kinds = {"METRICS", "PARAMS", "TAGS", "END", "CALL", "ARTIFACT"}
     assert {kind.__name__.upper() for kind in records.Record.__args__} == kinds
     described = {
         cells[1]: int(cells[0]) for cells in rows(section("6. Records")) if cells[0].isdigit()
@@ -144,7 +144,7 @@ def test_every_field_that_a_rank_says_of_itself_is_described(tmp_path):
         for name in cells[0].split(",")
         if name.strip().startswith("`")
     }
-    assert described == {*card, "first_seq"}
+    assert described == {*card, "first_seq", "is_plain"}  # the last one is the drop-in's
 
 
 # ── the byte tables ──
@@ -245,4 +245,4 @@ def test_the_longest_text_is_what_the_table_says():
 def test_the_versions_are_those_of_the_code():
     assert '`"v"` is always there and is the protocol version, 1' in DOCUMENT
     assert messages.PROTOCOL_VERSION == 1
-    assert frames.VERSION == 1
+    assert (frames.VERSION, frames.VERSIONS) == (2, (1, 2))

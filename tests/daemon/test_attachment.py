@@ -18,7 +18,14 @@ WHOLE = st.integers(0, (1 << 63) - 1)
 TEXTS = st.text(max_size=30)
 RUN_IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 #: What an earlier client does not say.
-DEFAULTS = {"first_seq": 0, "node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
+DEFAULTS = {
+    "is_plain": False,
+    "first_seq": 0,
+    "node_count": 0,
+    "resume": "",
+    "resume_mode": "child",
+    "fork": "",
+}
 FIELDS: dict[str, Any] = {
     "session": SESSION,
     "run_id": RUN_ID,
@@ -48,7 +55,8 @@ FIELDS: dict[str, Any] = {
         optional={
             **dict.fromkeys(("first_seq", "node_count"), WHOLE),
             **dict.fromkeys(("resume", "fork"), RUN_IDS | st.just("")),
-            "resume_mode": st.sampled_from(["child", "same"]),
+            "resume_mode": st.sampled_from(["child", "same", "guest"]),
+            "is_plain": st.booleans(),
         },
     )
 )

@@ -124,8 +124,12 @@ class RunWrites:
         hosted = self._places.open(run_id)
         is_new = hosted.run.accepted_records == 0
         params = [] if is_new else self._reads.run(hosted, run_id)["data"]["params"]
+        card = hosted.run.card
         return {
-            "relay_run_id": hosted.run.card.run_id,
+            "relay_run_id": card.run_id,
+            "mlflow_run_id": card.mlflow_run_id or card.itself() or "",
+            "experiment_name": card.experiment_name,
+            "run_name": card.run_name if card.is_named else "",
             "params": {each["key"]: each["value"] for each in params},
         }
 
