@@ -47,6 +47,8 @@ class LogBatch:
 
 def log_batch(body: Body) -> LogBatch:
     """Return what a runs/log-batch asks for. Raises: ApiError."""
+    if not is_run_id(run_id(body)):
+        raise _wrong("run_id", run_id(body))
     lists = {name: _list(body, name) for name in ("metrics", "params", "tags")}
     for name, entries in lists.items():
         for index, each in enumerate(entries):
@@ -112,10 +114,12 @@ def tags(body: Body) -> dict[str, str]:
 def run_id(body: Body) -> str:
     """Return the run that a request names. Raises: ApiError."""
     name = "run_uuid" if body.get("run_id") is None and body.get("run_uuid") else "run_id"
-    found = text(body, name, required=True)
-    if _RUN_ID.fullmatch(found) is None:
-        raise _wrong("run_id", found)
-    return found
+    return text(body, name, required=True)
+
+
+def is_run_id(given: str) -> bool:
+    """Return whether any server could have a run of this id."""
+    return _RUN_ID.fullmatch(given) is not None
 
 
 def status(body: Body) -> str | None:

@@ -7,7 +7,8 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from mlflow_relay_daemon.api.errors import ApiError, invalid, kept
+from mlflow_relay_daemon.api.checks import is_run_id
+from mlflow_relay_daemon.api.errors import ApiError, invalid, kept, missing
 from mlflow_relay_daemon.api.ids import Ids
 from mlflow_relay_daemon.api.upstream import Upstream
 from mlflow_relay_daemon.api.writer import Writer
@@ -50,6 +51,8 @@ class Places:
         try:
             info = self._upstream.ask("GET", "runs/get", {"run_id": run_id})["run"]["info"]
         except ServerAway:
+            if not is_run_id(run_id):
+                raise missing(f"Run with id={run_id} not found") from None
             info = {}
         if info.get("lifecycle_stage") == "deleted" and not deleted_ok:
             raise _deleted(run_id)

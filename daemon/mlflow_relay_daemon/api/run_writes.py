@@ -107,7 +107,9 @@ class RunWrites:
     def delete_run(self, body: Body) -> Json:
         run_id = checks.run_id(body)
         hosted = self._places.writable(run_id)
-        self._places.keep(hosted, [_call("runs/delete", {})])
+        end = None if rank_session(hosted.run.card) is None else (records.GOES_ON, now_ms())
+        with kept():
+            self._places.writer.write(hosted, [_call("runs/delete", {})], end=end)
         self._places.mark_deleted(hosted, deleted=True)
         return {}
 

@@ -48,7 +48,9 @@ def routes(service: Service, access: Access) -> list[BaseRoute]:
     config = service.config
     is_http = config.tracking_uri.startswith(("http://", "https://")) and not config.offline
     upstream = Upstream(
-        config.tracking_uri if is_http else None, timeout_s=config.request_timeout_s
+        config.tracking_uri if is_http else None,
+        service.runs.breaker,
+        timeout_s=config.request_timeout_s,
     )
     spool = service.runs.spool
     experiments = Experiments(spool.disk, spool.folder, redact_uri(config.tracking_uri))

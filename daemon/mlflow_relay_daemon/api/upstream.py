@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 import orjson
 
 from mlflow_relay_daemon.api.errors import ApiError, away
+from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import ServerAway
 from mlflow_relay_daemon.sinks.http_client import HttpClient
 
@@ -46,20 +47,28 @@ class Upstream:
 
     Args:
         tracking_uri: None: there is none that could be asked (offline, or a database).
+        breaker: of the same server; delivery may know that it is back.
     """
 
-    def __init__(self, tracking_uri: str | None, *, timeout_s: float) -> None:
+    def __init__(
+        self, tracking_uri: str | None, breaker: Breaker | None, *, timeout_s: float
+    ) -> None:
+        self._breaker = breaker
         self._http = tracking_uri and HttpClient(
             tracking_uri,
             timeout_s=timeout_s,
             connect_timeout_s=CONNECT_TIMEOUT_S,
             connections_max=CONNECTIONS_MAX,
         )
-        self._failed_s = float("-inf")
+        self._failed_s, self._failed_ms = float("-inf"), 0
 
     def is_away(self) -> bool:
         """Return whether it did not answer a moment ago."""
-        return not self._http or time.monotonic() - self._failed_s < HOLD_OFF_S
+        if not self._http or time.monotonic() - self._failed_s >= HOLD_OFF_S:
+            return not self._http
+        seen = self._breaker.snapshot() if self._breaker else None
+        is_back = seen is not None and seen.state == "up" and seen.since_ms > self._failed_ms
+        return not is_back
 
     def pass_on(
         self, method: str, target: str, body: bytes | IO[bytes] | None, headers: Mapping[str, str]
@@ -73,7 +82,7 @@ class Upstream:
         try:
             response = self._http.open(method, target, body, passed)
         except ServerAway:
-            self._failed_s = time.monotonic()
+            self._failed_s, self._failed_ms = time.monotonic(), time.time_ns() // 1_000_000
             raise
         kept = {
             key.lower(): value
