@@ -94,6 +94,11 @@ class Door:
                 self._known = (self._mark() or (0, 0), endpoint)
             return self._known[1]
 
+    @property
+    def last(self) -> Endpoint | None:
+        """Where the daemon answered when it was asked last."""
+        return self._known[1] if self._known else None
+
     def _mark(self) -> tuple[int, int] | None:
         """Return what changes when the endpoint is started anew."""
         try:

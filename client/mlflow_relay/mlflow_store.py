@@ -24,7 +24,7 @@ from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 from . import records
 from .errors import RelayError
 from .mlflow_artifacts import to_ours, to_servers
-from .mlflow_door import Door, read_uri
+from .mlflow_door import Door, Endpoint, read_uri
 from .mlflow_writer import RunWriter, now_ms
 
 _ENDS = frozenset({"FINISHED", "FAILED", "KILLED"})
@@ -45,14 +45,24 @@ class _ThroughDoor:
         super().__init__(self.credentials)  # type: ignore[call-arg]
 
     def credentials(self) -> MlflowHostCreds:
-        """Return where to ask, before every request. Raises: MlflowException: no daemon."""
-        try:
-            endpoint = self.door.endpoint()
-        except (RelayError, OSError) as error:
-            raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
+        """Return where to ask. While no daemon answers, where one did: MLflow asks for it also to
+        print an address, at the end of a run.
+
+        Raises: MlflowException: no daemon has ever answered.
+        """
+        endpoint = self.door.last or self._endpoint()
         return MlflowHostCreds(host=endpoint.url, token=endpoint.token)
 
-    def _call_endpoint(self, api: Any, json_body: Any, *more: Any, **options: Any) -> Any:
+    def _endpoint(self) -> Endpoint:
+        """Return where the daemon answers now. Raises: MlflowException: at once, not after
+        minutes of retries."""
+        try:
+            return self.door.endpoint()
+        except (RelayError, OSError) as error:
+            raise MlflowException(str(error), TEMPORARILY_UNAVAILABLE) from None
+
+    def _call_endpoint(self, api: Any, json_body: Any = None, *more: Any, **options: Any) -> Any:
+        self._endpoint()
         body = to_servers(json_body) if isinstance(json_body, str) else json_body
         ask: Any = super()
         answer = ask._call_endpoint(api, body, *more, **options)  # noqa: SLF001  # our own
@@ -74,9 +84,9 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         self._good_keys: set[str] = set()
         self._lock = Lock()
 
-    def credentials(self) -> MlflowHostCreds:
-        """Return where to ask, once the daemon has what was logged before."""
-        found = super().credentials()
+    def _endpoint(self) -> Endpoint:
+        """Return where the daemon answers, once it has what was logged before."""
+        found = super()._endpoint()
         for writer in list(self._writers.values()):
             if not writer.settle():
                 raise MlflowException(
@@ -264,7 +274,8 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         from mlflow.utils.rest_utils import verify_rest_response
 
         address = "/api/2.0/mlflow/relay/run"
-        creds = super().credentials()
+        endpoint = super()._endpoint()
+        creds = MlflowHostCreds(host=endpoint.url, token=endpoint.token)
         answer = http_request(creds, address, "GET", params={"run_id": run_id})
         found = verify_rest_response(answer, address).json()
         try:

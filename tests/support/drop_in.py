@@ -83,6 +83,32 @@ for wrong in (
 print(json.dumps(answers))
 """
 
+#: Autologging, a logged model, the registry.
+MODELS = """
+import sys, json
+import mlflow, numpy
+from sklearn.linear_model import LogisticRegression
+
+name = sys.argv[1]
+mlflow.set_experiment(name)
+x, y = numpy.arange(20.0).reshape(10, 2), numpy.array([0, 1] * 5)
+mlflow.sklearn.autolog(log_models=False)
+with mlflow.start_run(run_name="auto"):
+    LogisticRegression(max_iter=20).fit(x, y)
+mlflow.sklearn.autolog(disable=True)
+registered = name.replace(" ", "_")
+with mlflow.start_run(run_name="model"):
+    model = LogisticRegression().fit(x, y)
+    logged = mlflow.sklearn.log_model(
+        model, name="clf", pip_requirements=["scikit-learn"], registered_model_name=registered
+    )
+same = [
+    bool((mlflow.sklearn.load_model(uri).predict(x) == model.predict(x)).all())
+    for uri in (logged.model_uri, f"models:/{registered}/1")
+]
+print(json.dumps({"loads back": same[0], "from the registry": same[1]}))
+"""
+
 #: Set by the client of each process, by the door, or by the clock.
 _OWN_TAGS = ("relay.", "mlflow.user", "mlflow.source", "mlflow.log-model")
 

@@ -72,7 +72,7 @@ class Ending:
         told = (card.status, card.end_ms, card.end_reason, card.told_sessions)
         if card.state is RunState.ENDED and told == (*own, len(sessions)):
             return
-        if card.is_guest:
+        if card.is_guest or card.is_deleted:
             self._settle(own, len(sessions))
             return
         words = rank_words(sessions, mark.last_record_ms)

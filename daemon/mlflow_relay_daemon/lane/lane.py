@@ -142,8 +142,8 @@ class Lane:
             waiting = self.run.waiting_bytes()
             # A rest that fills no request waits for more, as a first record does.
             return REST_WAIT_S if 0 < waiting < FULL_BATCH_BYTES and self._ranks_alive() else 0.0
-        if self._is_over() and not card.is_deleted:
-            if card.state is RunState.OPEN:
+        if self._is_over():
+            if card.state is RunState.OPEN and not card.is_deleted:
                 self._to.ask(self._creation.remove_doubles)
             self._ending.tell()
         waits = [self._late_doubles_s()]
