@@ -185,7 +185,7 @@ class Config:
     http_port: int | None = field(
         default=None,
         metadata=_setting(
-            "count", "Loopback port for metrics, health and a page; 0: any that is free.",
+            "count", "Loopback port for MLflow's API, metrics, health and a page; 0: any.",
             flag="--http-port", least=0, most=65535, optional=True,
         ),
     )  # fmt: skip
