@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
@@ -18,6 +19,9 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
+
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ class Runs:
 
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
+        artifact_wait_s: how long the end of a run waits for its artifacts.
     """
 
     def __init__(
@@ -45,7 +50,11 @@ class Runs:
         breaker: Breaker | None,
         delivery: Delivery | None,
         lineage_params: LineageParams | None = None,
+        *,
+        artifact_wait_s: float = 0.0,
     ) -> None:
+        self._artifact_wait_s = artifact_wait_s
+        self.uploads: Uploads | None = None  #: set by the service, unless it is offline
         self._lineage_params = lineage_params or LineageParams()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
@@ -136,7 +145,9 @@ class Runs:
         letters = DeadLetters(self.spool.disk, run.folder)
         lane = None
         if self.sink is not None and self.breaker is not None:
-            destination = Destination(run, self.sink, self.breaker, self.spool.node)
+            destination = Destination(
+                run, self.sink, self.breaker, self.spool.node, self._artifact_wait_s
+            )
             resolver = Resolver(self.sink, self._card_of)
             lane = Lane(destination, resolver, letters, self._lineage_params, self._spread_news)
         hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
