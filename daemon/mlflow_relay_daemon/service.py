@@ -72,9 +72,11 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stopping = False
+        self._uploads: Uploads | None = None
         self._looked_s = self._busy_s = time.monotonic()
         self._runtime_lock = _lock_runtime_folder(config)
         self._spool = _open_spool(config)
+        self._look_after_files()
         self._delivery = None
         sink = breaker = None
         if not config.offline:
@@ -167,6 +169,7 @@ class Service:
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
+            self._runs.look_for_space()
             self._look_after_files()
             _notify_systemd("WATCHDOG=1")
 
@@ -198,7 +201,7 @@ class Service:
 
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(
-            sessions_open=len(self._intake.sessions), is_full=self._intake.is_full
+            sessions_open=len(self._intake.sessions), is_full=self._runs.is_full
         )
 
     def _is_idle_for_long(self) -> bool:
@@ -243,14 +246,13 @@ def _lock_runtime_folder(config: Config) -> int:
 
 def _open_spool(config: Config) -> Spool:
     try:
-        spool = Spool(
+        return Spool(
             Disk(),
             config.spool,
             segment_bytes_max=config.segment_bytes_max,
             bytes_max=config.spool_bytes_max,
             free_bytes_min=config.free_bytes_min,
         )
-        spool.publish_staging(config.socket)
     except SpoolTaken:
         raise CommandError(
             f"another daemon writes to the spool {config.spool}: stop that one first, or choose "
@@ -261,7 +263,6 @@ def _open_spool(config: Config) -> Spool:
             f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
             "another --spool"
         ) from error
-    return spool
 
 
 def _open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:

@@ -57,7 +57,8 @@ class Progress:
 def flush(config: Config, names: tuple[str, ...], timeout_s: float) -> None:
     """Deliver now what was accepted before this call.
 
-    Metrics, params, tags and artifacts. RUN is an id, the first characters of one, or a run name; none means all runs.
+    Metrics, params, tags and artifacts. RUN is an id, the first characters of one, or a run name;
+    none means all runs.
     """
     with ControlClient(config.socket) as client:
         before = client.status()
