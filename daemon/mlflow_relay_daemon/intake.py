@@ -21,18 +21,22 @@ import zmq
 
 from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
-from mlflow_relay.frames import Header, read_frame
+from mlflow_relay.frames import read_frame
 from mlflow_relay.paths import private_dir
 from mlflow_relay_daemon.attachment import read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.spool.run_spool import Arrival
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
 
 #: While the disk is full, no rank's frames are taken for so long: sending them again costs, too.
 FULL_PAUSE_S = 0.5
+
+#: Frames of one group by session, in order.
+Arrivals = dict[bytes, list[Arrival]]
 
 
 @dataclass
@@ -129,30 +133,34 @@ class Intake:
 
     # ── in ──
 
-    def _receive_group(self) -> list[list[bytes]]:
-        """Return the messages that are there, up to a group's size."""
-        group: list[list[bytes]] = []
+    def _receive_group(self) -> list[list[zmq.Frame]]:
+        """Return the messages that are there, up to a group's size.
+
+        Not copied: what the socket has received is checked and written where it lies.
+        """
+        group: list[list[zmq.Frame]] = []
         size = 0
         while size < self._group_bytes_max:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break  # all is received
             group.append(parts)
             size += sum(map(len, parts))
         return group
 
-    def _serve(self, group: list[list[bytes]]) -> None:
-        arrivals: dict[bytes, list[tuple[Header, bytes]]] = {}
+    def _serve(self, group: list[list[zmq.Frame]]) -> None:
+        arrivals: Arrivals = {}
         for parts in group:
             try:
-                peer, kind, payload = parts
+                peer, kind = parts[0].bytes, parts[1].bytes
+                [payload] = parts[2:]
                 if kind == messages.DATA:
-                    self._sort(peer, payload, arrivals)
+                    self._sort(peer, payload.buffer, arrivals)
                 else:
                     # What came before in this group is on the disk before anything is answered.
                     self._keep(arrivals)
-                    self._answer(peer, kind, payload)
+                    self._answer(peer, kind, payload.bytes)
             except (FormatError, ValueError) as error:
                 self._counters.count("bad_messages", error)
             except Exception as error:
@@ -161,9 +169,7 @@ class Intake:
                 self._counters.count("bad_messages", repr(error))
         self._keep(arrivals)
 
-    def _sort(
-        self, peer: bytes, payload: bytes, arrivals: dict[bytes, list[tuple[Header, bytes]]]
-    ) -> None:
+    def _sort(self, peer: bytes, payload: memoryview, arrivals: Arrivals) -> None:
         """Put a frame with those of its session, if it is the one that comes next."""
         header = read_frame(payload)
         session = self.sessions.get(header.session)
@@ -185,11 +191,11 @@ class Intake:
 
     # ── keep ──
 
-    def _keep(self, arrivals: dict[bytes, list[tuple[Header, bytes]]]) -> None:
+    def _keep(self, arrivals: Arrivals) -> None:
         """Append and fsync, run by run; then ack."""
         if not arrivals:
             return
-        by_run: dict[str, list[tuple[Header, bytes]]] = {}
+        by_run: dict[str, list[Arrival]] = {}
         for session, frames in arrivals.items():
             by_run.setdefault(self.sessions[session].hosted.run.card.run_id, []).extend(frames)
         for run_id, frames in by_run.items():
@@ -198,7 +204,7 @@ class Intake:
                     self._ack(session)
         arrivals.clear()
 
-    def _append(self, hosted: Hosted, frames: list[tuple[Header, bytes]]) -> bool:
+    def _append(self, hosted: Hosted, frames: list[Arrival]) -> bool:
         """Return whether the frames are on the disk."""
         if self.is_full and time.monotonic() < self._full_until_s:
             return False
