@@ -117,7 +117,7 @@ class Bench:
             if status != expected:
                 raise RuntimeError(f"{name} {job}: {status}\n{err.read()[-1500:]}")
         shutil.rmtree(folder)
-        found: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+        found: dict[str, Any] = json.loads(lines[-1]) if status == 0 else {}
         return found
 
 
