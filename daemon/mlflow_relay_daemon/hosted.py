@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
@@ -14,12 +19,18 @@ from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
-from mlflow_relay_daemon.spool.card import Card
-from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.card import Card, SessionCard
+from mlflow_relay_daemon.spool.run_spool import Arrival, RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
 
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
+
 log = logging.getLogger(__name__)
+
+#: A disk is no longer called full if it has so much space, and nobody has met its end for so long.
+SPACE_BYTES_MIN, SPACE_AGE_S = 64 << 10, 5.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Runs:
 
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
+        artifact_wait_s: how long the end of a run waits for its artifacts.
     """
 
     def __init__(
@@ -45,48 +57,50 @@ class Runs:
         breaker: Breaker | None,
         delivery: Delivery | None,
         lineage_params: LineageParams | None = None,
+        *,
+        artifact_wait_s: float = 0.0,
     ) -> None:
+        self._artifact_wait_s = artifact_wait_s
+        self.uploads: Uploads | None = None  #: set by the service, unless it is offline
         self._lineage_params = lineage_params or LineageParams()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
+        self.is_full = False  #: records could not be written, and none could since
+        self._full_s = 0.0
         for run in spool.runs.values():
             self._host(run)
 
     def attach(self, attachment: Attachment) -> Hosted:
         """Return the run of a session that attaches; run and session are on the disk.
 
-        Raises: OSError: they are not.
+        Raises: OSError: they are not; RunLeftAlone.
         """
-        hosted = self.by_id.get(attachment.run_id)
+        return self.attach_all([attachment])
+
+    def attach_all(self, attachments: Sequence[Attachment]) -> Hosted:
+        """Attach sessions of one run, at least one: one card, one fsync for all of them.
+
+        The card has every session of the run in it: hundreds of ranks that come together, each
+        with a card of its own, would cost the square of their number.
+
+        Raises: OSError: none of them is on the disk; RunLeftAlone.
+        """
+        hosted = self.by_id.get(attachments[0].run_id)
         if hosted is None:
-            hosted = self._host(self.spool.open_run(attachment.new_card()))
-        run, name = hosted.run, attachment.session.hex()
+            hosted = self._host(self.spool.open_run(attachments[0].new_card()))
+        run = hosted.run
         with run.lock:
-            known = run.card.sessions.get(name)
-            if known is not None and known.closed:
-                # It was taken for dead, and lives (its journal was out of sight for a while).
-                known.closed = False
+            changes = [_enter(run.card, each) for each in attachments]
+            undoes = [undo for undo in changes if undo is not None]
+            if undoes:
                 try:
                     run.save_card()
                 except OSError:
-                    known.closed = True
+                    for undo in undoes:
+                        undo()
                     raise
-            elif known is None:
-                if attachment.primary:
-                    # A process with a lock takes the place of the daemon, which spoke for it.
-                    for each in run.card.sessions.values():
-                        each.closed |= each.is_own
-                run.card.sessions[name] = attachment.session_card()
-                run.card.world_size = max(run.card.world_size, attachment.world_size)
-                # The run began when its first rank did, whichever reached us first.
-                if run.card.state is RunState.NEW:
-                    run.card.start_ms = min(run.card.start_ms, attachment.start_ms)
-                try:
-                    run.save_card()
-                except OSError:
-                    del run.card.sessions[name]
-                    raise
-        run.skip_to(attachment.session, attachment.first_seq)
+        for each in attachments:
+            run.skip_to(each.session, each.first_seq)
         self.notify(hosted)
         return hosted
 
@@ -98,20 +112,51 @@ class Runs:
         self.notify(hosted)
         return hosted
 
-    def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
-        """The session is over, all that it had is in the spool.
+    def append(self, hosted: Hosted, frames: Sequence[Arrival]) -> None:
+        """Append frames to a run; they are on the disk when this returns.
 
-        Args: lost: log calls that found its journal full. Raises: OSError: not written.
+        Raises: OSError: not one of them counts.
+        """
+        try:
+            self.spool.check_space(sum(len(frame) for _, frame in frames))
+            hosted.run.append(frames)
+        except OSError:
+            self.is_full, self._full_s = True, time.monotonic()
+            raise
+        if self.is_full:
+            self._take_again()
+        self.notify(hosted)
+
+    def look_for_space(self) -> None:
+        """See whether a full disk has space again, though no record comes that would tell."""
+        if self.is_full and time.monotonic() > self._full_s + SPACE_AGE_S:
+            with contextlib.suppress(OSError):
+                self.spool.check_space(SPACE_BYTES_MIN)
+                self._take_again()
+
+    def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
+        """The session is over: see `close_all`."""
+        self.close_all(hosted, {session: lost})
+
+    def close_all(self, hosted: Hosted, lost_by_session: Mapping[bytes, int]) -> None:
+        """Sessions are over, all that they had is in the spool: one card, one fsync for all.
+
+        Args: lost_by_session: log calls that found its journal full. Raises: OSError: not written.
         """
         run = hosted.run
         with run.lock:
-            card = run.card.sessions.get(session.hex())
-            if card is not None and not card.closed:
-                card.closed, card.lost = True, lost
+            closed: list[SessionCard] = []
+            for session, lost in lost_by_session.items():
+                card = run.card.sessions.get(session.hex())
+                if card is not None and not card.closed:
+                    card.closed, card.lost = True, lost
+                    closed.append(card)
+            if closed:
                 try:
                     run.save_card()
                 except OSError:
-                    card.closed = False
+                    for card in closed:
+                        card.closed = False
                     raise
         self.notify(hosted)
 
@@ -126,12 +171,17 @@ class Runs:
             self.delivery.notify(hosted.lane)
 
     def return_space(self) -> None:
-        """Let go of segments whose content is delivered."""
+        """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
                 hosted.run.return_space()
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
+        self.spool.reserve.restore(self.spool.free_bytes())
+
+    def _take_again(self) -> None:
+        log.warning("the spool takes records again")
+        self.is_full = False
 
     def _card_of(self, run_id: str) -> Card | None:
         hosted = self.by_id.get(run_id)
@@ -148,8 +198,39 @@ class Runs:
         letters = DeadLetters(self.spool.disk, run.folder)
         lane = None
         if self.sink is not None and self.breaker is not None:
-            destination = Destination(run, self.sink, self.breaker, self.spool.node)
+            destination = Destination(
+                run, self.sink, self.breaker, self.spool.node, self._artifact_wait_s
+            )
             resolver = Resolver(self.sink, self._card_of)
-            lane = Lane(destination, resolver, letters, self._lineage_params, self._spread_news)
+            lane = Lane(
+                destination,
+                resolver,
+                letters,
+                self._lineage_params,
+                on_news=self._spread_news,
+                on_full=self.spool.reserve.spend,
+            )
         hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
         return hosted
+
+
+def _enter(card: Card, attachment: Attachment) -> Callable[[], object] | None:
+    """Have a session in the card, open; return how to take that back, None: it was there."""
+    name = attachment.session.hex()
+    known = card.sessions.get(name)
+    if known is not None and known.closed:
+        # It was taken for dead, and lives (its journal was out of sight for a while).
+        known.closed = False
+        return partial(setattr, known, "closed", True)
+    if known is not None:
+        return None
+    if attachment.primary:
+        # A process with a lock takes the place of the daemon, which spoke for it.
+        for each in card.sessions.values():
+            each.closed |= each.is_own
+    card.sessions[name] = attachment.session_card()
+    card.world_size = max(card.world_size, attachment.world_size)
+    # The run began when its first rank did, whichever reached us first.
+    if card.state is RunState.NEW:
+        card.start_ms = min(card.start_ms, attachment.start_ms)
+    return partial(card.sessions.pop, name)

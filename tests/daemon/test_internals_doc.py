@@ -71,7 +71,7 @@ def test_every_file_of_a_spool_is_described(tmp_path):
 
     layout = section(INTERNALS, "3. The spool")
     found = [path.relative_to(spool.folder) for path in spool.folder.rglob("*")]
-    assert len(found) == 9, found
+    assert len(found) == 10, found
     for path in found:
         shown = path.name.replace(RUN_ID, "<relay run id>")
         shown = re.sub(r"^\d+-damaged$", "<ns since 1970>-<name>", shown)
@@ -122,7 +122,7 @@ def test_the_head_of_a_segment_is_as_the_table_says(tmp_path):
     assert f"`[{', '.join(Head._fields)}]`" in text
     writer = segment.Writer(Disk(), tmp_path, 1, Head(7, {SESSION: (5, [])}, b"card"))
     frame = pack_frame(SESSION, 5, 1, pack_entry(b"record"))
-    writer.append(frame)
+    writer.append([frame])
     writer.close()
     data = segment.path_of(tmp_path, 1).read_bytes()
     places = {cells[2]: cells[0] for cells in rows(text) if len(cells) == 4}

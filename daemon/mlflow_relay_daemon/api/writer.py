@@ -117,8 +117,7 @@ class Writer:
                 sizes[session] = sizes.get(session, 0) + len(part)
                 frames.append((read_frame(frame), frame))
         if frames:
-            self._runs.spool.check_space(sum(len(frame) for _, frame in frames))
-            hosted.run.append(frames)
+            self._runs.append(hosted, frames)
         for session in ended:
             self._runs.close_session(hosted, session, lost=0)
         self._runs.notify(hosted)

@@ -7,7 +7,14 @@ import time
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
-from mlflow_relay_daemon.batch import Batch, Entry, Objection, fits_whole, split
+from mlflow_relay_daemon.batch import (
+    ARTIFACT_LETTER,
+    Batch,
+    Entry,
+    Objection,
+    fits_whole,
+    split,
+)
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -241,7 +248,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", "call", "artifact")
+            if letter.kind not in ("record", "call", ARTIFACT_LETTER)
             and (ids is None or letter.id in ids)
         ]
         taken = {
