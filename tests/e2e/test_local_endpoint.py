@@ -8,11 +8,13 @@ import os
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import MlflowServer, TcpProxy
+from tests.support.browser import Chromium, find_chromium
 from tests.support.relay import Node, wait_until
 from tests.support.servers import free_port
 
@@ -394,6 +396,41 @@ def test_files_of_any_size_go_both_ways_in_chunks(relay, mlflow_server):
     assert listed == [{"path": "big.bin", "is_dir": False, "file_size": len(data)}]
 
 
+def test_files_that_are_uploaded_while_the_server_is_away_arrive_later(
+    relay, node, proxy, mlflow_server, tmp_path
+):
+    known = relay.new_run()
+    proxy.refuse()
+    unknown = relay.new_run()
+    files = {"small.txt": b"hello", "sub/large.bin": os.urandom(2 << 20)}
+    for run_id in (known, unknown):
+        for path, data in files.items():
+            address = f"/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/{path}"
+            status, said = relay.ask("PUT", address, data, {"Content-Type": "text/plain"})
+            assert (status, said) == (200, {})
+        relay.post("runs/update", run_id=run_id, status="FINISHED", end_time=T0_MS + 1)
+    proxy.heal()
+    client = mlflow_server.client()
+    for run_id in (known, unknown):
+        servers_id = wait_until(
+            lambda run_id=run_id: next(
+                each["mlflow_run_id"]
+                for each in node.status()["runs"]
+                if run_id in (each["run_id"], each["mlflow_run_id"])
+            ),
+            "the run is there",
+        )
+        wait_until(
+            lambda servers_id=servers_id: len(client.list_artifacts(servers_id)) == 2,
+            "its files are there",
+        )
+        folder = tmp_path / servers_id
+        folder.mkdir()
+        for path, data in files.items():
+            found = client.download_artifacts(servers_id, path, str(folder))
+            assert Path(found).read_bytes() == data
+
+
 def test_curl_logs_and_reads(relay):
     def curl(path: str, *arguments: str) -> Any:
         url = f"http://{relay.address}/api/2.0/mlflow/{path}"
@@ -407,3 +444,18 @@ def test_curl_logs_and_reads(relay):
     assert curl("runs/log-metric", "-d", json.dumps(metric)) == {}
     found = curl(f"runs/get?run_id={run_id}")["run"]["data"]["metrics"]
     assert [each["value"] for each in found] == [1.5]
+
+
+def test_the_ui_of_mlflow_is_served_through_the_endpoint(relay, tmp_path):
+    chromium = find_chromium()
+    if chromium is None:
+        pytest.skip("no Chromium here (Debian: apt install chromium)")
+    run_id = relay.new_run(run_name="seen in a browser")
+    relay.post("runs/log-metric", run_id=run_id, key="loss", value=0.125, timestamp=T0_MS)
+    with Chromium(tmp_path, chromium) as browser:
+        browser.open(f"http://{relay.address}/#/experiments/0/runs/{run_id}")
+        for text in ("seen in a browser", "0.125"):
+            browser.wait_for(
+                f"document.body.innerText.includes('{text}')", f"the page shows {text}"
+            )
+        browser.screenshot("through-the-endpoint")

@@ -36,15 +36,23 @@ def run_of_spool(card: Card, view: View, experiment_id: str) -> Json:
     name = {"mlflow.runName": card.run_name} if card.run_name else {}
     tags = [{"key": key, "value": value} for key, value in {**name, **card.tags}.items()]
     run: Json = {"info": info, "data": {"tags": tags}, "inputs": {}}
-    return merged(run, card, view, _NOWHERE)
+    return merged(run, card, view, _NOWHERE, end_is_told=is_end_told(card))
 
 
-def merged(run: Json, card: Card, view: View, delivered: Place) -> Json:
+def is_end_told(card: Card) -> bool:
+    """Return whether MLflow knows how the run ended: what it says since is its own."""
+    ranks = [each for each in list(card.sessions.values()) if each.primary]
+    own = verdict(ranks, card.end_ms or card.start_ms)
+    return card.state is RunState.ENDED and card.status == own.status
+
+
+def merged(run: Json, card: Card, view: View, delivered: Place, *, end_is_told: bool) -> Json:
     """Return a run with what was not delivered when the server was asked.
 
     Args:
         run: the server's word; changed.
         delivered: where delivery stood before that: what stands behind it counts more.
+        end_is_told: before that, too.
     """
     info, data = run["info"], run.setdefault("data", {})
     params, tags, metrics = (_by_key(data.get(name)) for name in ("params", "tags", "metrics"))
@@ -64,7 +72,7 @@ def merged(run: Json, card: Card, view: View, delivered: Place) -> Json:
     for body in inputs:
         known += [each for each in body.get("datasets", ()) if each not in known]
     info.update(changes)
-    info.update(_life(card, end_waits="status" in changes))
+    info.update(_life(card, is_decided="status" in changes or end_is_told))
     return run
 
 
@@ -78,18 +86,18 @@ def number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else stored(value)
 
 
-def _life(card: Card, *, end_waits: bool) -> Json:
-    """Return status and end as far as they are decided here and MLflow has not been told them."""
+def _life(card: Card, *, is_decided: bool) -> Json:
+    """Return status and end as far as MLflow has not been told them yet."""
     ranks = [each for each in list(card.sessions.values()) if each.primary]
     if any(each.is_own and not each.closed for each in ranks):
         return {"status": "RUNNING"}
-    if end_waits or not ranks:
+    if not ranks:
         return {}
     if any(not each.closed and each.end_status is None for each in ranks):
-        return {"status": "RUNNING"}
+        return {} if is_decided else {"status": "RUNNING"}
+    if is_decided:
+        return {}
     own = verdict(ranks, card.end_ms or card.start_ms)
-    if card.state is RunState.ENDED and card.status == own.status:
-        return {}  # MLflow has been told; what it says since is its own
     if own.status == GOES_ON:
         return {"status": own.status}
     return {"status": own.status, "end_time": own.end_ms}

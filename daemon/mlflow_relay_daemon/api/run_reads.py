@@ -8,7 +8,7 @@ from mlflow_relay_daemon.api import checks
 from mlflow_relay_daemon.api.checks import Body
 from mlflow_relay_daemon.api.experiments import DEFAULT_ID, Experiments
 from mlflow_relay_daemon.api.ids import Ids
-from mlflow_relay_daemon.api.run_json import Json, merged, point_json, run_of_spool
+from mlflow_relay_daemon.api.run_json import Json, is_end_told, merged, point_json, run_of_spool
 from mlflow_relay_daemon.api.upstream import Told, Upstream, unanswered
 from mlflow_relay_daemon.api.view import View, points_of
 from mlflow_relay_daemon.hosted import Hosted
@@ -58,7 +58,7 @@ class RunReads:
     def run(self, hosted: Hosted, asked: str) -> Json:
         """Return a run under the id that it was asked for."""
         view, card = self.view(hosted), hosted.run.card
-        delivered = view.refresh()
+        end_is_told, delivered = is_end_told(card), view.refresh()
         found: Json | None = None
         servers_id = card.mlflow_run_id or card.itself()
         try:
@@ -70,7 +70,7 @@ class RunReads:
             known = self._experiments.id_of(card.experiment_name)
             run = run_of_spool(card, view, card.experiment_id or known or DEFAULT_ID)
         else:
-            run = merged(found, card, view, delivered)
+            run = merged(found, card, view, delivered, end_is_told=end_is_told)
         run["info"]["run_id"] = run["info"]["run_uuid"] = asked
         return run
 

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
+from mlflow_relay_daemon.api import files
 from mlflow_relay_daemon.api.access import Access
 from mlflow_relay_daemon.api.checks import Body
 from mlflow_relay_daemon.api.errors import ApiError, invalid
@@ -56,7 +57,7 @@ def routes(service: Service, access: Access) -> list[BaseRoute]:
     experiments = Experiments(spool.disk, spool.folder, redact_uri(config.tracking_uri))
     writer = Writer(service.runs, service.in_loop)
     tracking = Tracking(service.runs, writer, upstream, experiments)
-    doors = _Doors(tracking, upstream, access)
+    doors = _Doors(tracking, upstream, access, files.Files(spool, writer))
     return [
         Route("/health", _health),
         Route("/version", doors.version),
@@ -82,8 +83,11 @@ async def _health(_request: Request) -> Response:
 class _Doors:
     """HTTP on one side, `Tracking` and the server on the other."""
 
-    def __init__(self, tracking: Tracking, upstream: Upstream, access: Access) -> None:
+    def __init__(
+        self, tracking: Tracking, upstream: Upstream, access: Access, kept_files: files.Files
+    ) -> None:
         self._tracking, self._upstream, self._access = tracking, upstream, access
+        self._files = kept_files
 
     def answering(self, answer: Callable[[Body], dict[str, Any]]) -> Answering:
         """Return the handler of one request of the API."""
@@ -127,13 +131,26 @@ class _Doors:
 
     def _pass_on(self, request: Request, body: IO[bytes], size: int) -> Response:
         self._access.check(request)
+        try:
+            return self._ask_server(request, body, size)
+        except ApiError as error:
+            # The server cannot be asked, or does not know the run yet: a file can wait.
+            place = files.named(request.url.path) if request.method == "PUT" else None
+            hosted = place and self._tracking.ids.find(place[0])
+            if error.error_code != "TEMPORARILY_UNAVAILABLE" or not (place and hosted):
+                raise
+            self._files.keep(hosted, place[1], body)
+            return JSONResponse({})
+
+    def _ask_server(self, request: Request, body: IO[bytes], size: int) -> Response:
         ids = self._tracking.ids
         target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         target = ids.translated(target, wait_s=CREATE_WAIT_S)
         headers = dict(request.headers)
         is_api = request.url.path.startswith(("/api/", "/ajax-api/"))
         data: bytes | IO[bytes] | None = body if size else None
-        if size and size <= JSON_BYTES_MAX and "json" in headers.get("content-type", ""):
+        is_json = "json" in headers.get("content-type", "")
+        if size and size <= JSON_BYTES_MAX and is_json and request.method != "PUT":
             text = body.read().decode("utf-8", "surrogateescape")
             data = ids.translated(text, wait_s=CREATE_WAIT_S).encode("utf-8", "surrogateescape")
             size = len(data)
