@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "daemon": (f"{_HERE}.daemon:daemon", "Run this node's daemon in the foreground."),
     "status": (f"{_HERE}.status:status", "Show what is accepted, delivered and waiting."),
     "flush": (f"{_HERE}.flush:flush", "Deliver now what was accepted before this call."),
+    "sync": (f"{_HERE}.sync:sync", "Bring spools and other stores' runs to a server."),
     "runs": (f"{_HERE}.runs:runs", "List the runs that the spool knows."),
     "lineage": (f"{_HERE}.lineage:lineage", "Draw the tree of resumes and forks of a run."),
     "url": (f"{_HERE}.url:url", "Print the MLflow page of a run, or of several compared."),
