@@ -17,15 +17,19 @@ import time
 from collections.abc import Callable
 
 from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.lane import waits
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
 from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
+from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.retry import backoff_s
-from mlflow_relay_daemon.sinks import NotYet, Permanent, SinkError, TryAgain
+from mlflow_relay_daemon.sinks import NotYet, Permanent, RunInfo, SinkError, TryAgain
+from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunEvent, RunState, next_state
 
 log = logging.getLogger(__name__)
@@ -188,10 +192,25 @@ class Lane:
                 parent.mlflow_run_id = found.tags.get(PARENT_TAG)
             card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
             card.run_name = found.run_name
+            card.held += [text for text in waits.held(found.tags) if text not in card.held]
+            self._pass_over_synced(found)
             card.state = next_state(card.state, RunEvent.CREATED)
             self.run.save_card()
         log.info("run %s is MLflow run %s", card.run_id, found.run_id)
         self._on_news()
+
+    def _pass_over_synced(self, found: RunInfo) -> None:
+        """What a sync has brought of this spool, while the daemon could not, is not sent again."""
+        synced = Progress.read(found.tags, self._to.node)
+        if not synced.seen:
+            return
+        mark = Watermark(**vars(self.run.mark))
+        seen = Sequences(mark.sequences)
+        for session, next_seq in synced.seen.items():
+            seen.add(bytes.fromhex(session), 0, next_seq)
+        mark.sequences = seen.save()
+        mark.last_record_ms = max(mark.last_record_ms, synced.last_record_ms)
+        self.run.settle(mark)
 
     def _ranks_alive(self) -> bool:
         with self.run.lock:

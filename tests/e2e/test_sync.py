@@ -1,0 +1,325 @@
+"""`mlflow-relay sync`: each run once, each point once, each link right, whatever is done in between."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import MlflowServer
+from tests.support.lineage import FORK_PARAM, RUN_PARAMS, only, show
+from tests.support.relay import Node, wait_until
+from tests.support.scenes import fingerprint
+from tests.support.stores import (
+    Run,
+    anemoi_run,
+    new_card,
+    sent,
+    start_sync,
+    sync,
+    write_mlruns,
+    write_run,
+    write_spool,
+)
+
+ORDERS = [list(order) for order in itertools.permutations(("parent", "child", "fork"))]
+#: Of the six, those in which everything comes before what it waits for, or behind it.
+HARD_ORDERS = [["child", "fork", "parent"], ["fork", "parent", "child"]]
+
+
+def fresh_id() -> str:
+    return uuid.uuid4().hex
+
+
+def points_of(server: MlflowServer, run_id: str) -> Any:
+    """Return the MLflow run of an old id, and its points."""
+    run = only(server, run_id)
+    return run, server.all_points(run.info.run_id)
+
+
+# ── parent, child and fork, in any order ──
+
+
+def anemoi_family(points: int) -> dict[str, Run]:
+    parent = anemoi_run(points)
+    return {
+        "parent": parent,
+        "child": anemoi_run(points, parent=parent),
+        "fork": anemoi_run(points, fork=parent, name="rollout"),
+    }
+
+
+def check_anemoi_links(server: MlflowServer, family: dict[str, Run]) -> None:
+    """All is there once, and says of its ancestry what Anemoi's users look for."""
+    runs = {}
+    for role, source in family.items():
+        runs[role], points = points_of(server, source.run_id)
+        assert points == source.points(), role
+    new = {role: run.info.run_id for role, run in runs.items()}
+    old = {role: source.run_id for role, source in family.items()}
+    for role, run in runs.items():
+        tags, params = run.data.tags, run.data.params
+        origin = "parent" if role == "child" else role
+        assert params["metadata.run_id"] == params["config.training.run_id"] == new[origin]
+        assert params["metadata.offline_run_id"] == old[origin]
+        assert params["config.training.offline_run_id"] == old[origin]
+        assert tags["offlineRun"] == "True"
+        assert tags.get("mlflow.parentRunId") == (new["parent"] if role == "child" else None)
+        assert tags.get("forkedRunId") == (new["parent"] if role == "fork" else None)
+        assert not tags.get("relay.waits_for")
+        assert (run.info.status, run.info.start_time) == ("FINISHED", family[role].start_ms)
+        assert run.info.end_time == family[role].end_ms
+        assert tags["mlflow.user"] == "anna"
+    assert runs["child"].data.params["config.training.offline_self_run_id"] == old["child"]
+    assert runs["child"].data.tags["mlflow.offline.parentRunId"] == old["parent"]
+    assert runs["fork"].data.tags["offline.forkedRunId"] == old["parent"]
+    assert runs["fork"].data.params[FORK_PARAM] == new["parent"]
+    assert runs["fork"].data.params["config.training.offline_fork_run_id"] == old["parent"]
+
+
+def bring_anemoi_family(folder: Path, server: MlflowServer, order: list[str], points: int) -> None:
+    family = anemoi_family(points)
+    store = write_mlruns(folder, family.values())
+    for role in order:
+        sync(store, "--tracking-uri", server.uri, "--run", family[role].run_id)
+    check_anemoi_links(server, family)
+
+
+@pytest.mark.parametrize("order", HARD_ORDERS, ids="-".join)
+def test_a_family_of_a_file_store_is_linked_in_whatever_order_it_comes(
+    tmp_path, mlflow_server, order
+):
+    bring_anemoi_family(tmp_path / "mlruns", mlflow_server, order, 40)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_fifty_thousand_points_each_of_a_family_in_all_orders(tmp_path, mlflow_server, order):
+    bring_anemoi_family(tmp_path / "mlruns", mlflow_server, order, 50_000)
+
+
+def bring_relay_family(folder: Path, server: MlflowServer, order: list[str], points: int) -> None:
+    ids = {role: fresh_id() for role in ("parent", "child", "fork")}
+    cards = {
+        "parent": new_card(ids["parent"]),
+        "child": new_card(ids["child"], resume=ids["parent"], name=""),
+        "fork": new_card(ids["fork"], fork=ids["parent"], name="rollout"),
+    }
+    points_by_role = {
+        role: write_spool(folder / role, card, points=points) for role, card in cards.items()
+    }
+    for role in order:
+        sync(folder / role, "--tracking-uri", server.uri)
+    runs = {role: only(server, ids[role]) for role in ids}
+    for role, run in runs.items():
+        assert server.all_points(run.info.run_id) == points_by_role[role], role
+        assert not run.data.tags.get("relay.waits_for")
+        assert run.info.status == "FINISHED"
+    parent = runs["parent"].info.run_id
+    assert runs["child"].data.tags["mlflow.parentRunId"] == parent
+    assert runs["child"].data.tags["resumedRun"] == "True"
+    assert runs["child"].info.run_name == "o96"
+    assert runs["fork"].data.tags["forkedRunId"] == parent
+    assert runs["fork"].data.params[FORK_PARAM] == parent
+    for name in RUN_PARAMS:
+        assert runs["parent"].data.params[name] == runs["child"].data.params[name] == parent
+        assert runs["fork"].data.params[name] == runs["fork"].info.run_id
+
+
+@pytest.mark.parametrize("order", HARD_ORDERS, ids="-".join)
+def test_a_family_of_spools_is_linked_in_whatever_order_it_comes(tmp_path, mlflow_server, order):
+    bring_relay_family(tmp_path, mlflow_server, order, 40)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("order", ORDERS, ids="-".join)
+def test_fifty_thousand_points_each_of_spools_in_all_orders(tmp_path, mlflow_server, order):
+    bring_relay_family(tmp_path, mlflow_server, order, 50_000)
+
+
+# ── several nodes ──
+
+
+def test_spools_of_four_nodes_one_torn_are_one_run_with_exact_counts(tmp_path, mlflow_server):
+    run_id = fresh_id()
+    wanted = []
+    for node in range(4):
+        card = new_card(run_id, ranks=[2 * node, 2 * node + 1], world_size=8, node_count=4)
+        wanted += write_spool(tmp_path / f"node{node}", card, points=100)
+    (torn,) = (tmp_path / "node2" / "runs" / run_id).glob("*.segment")
+    with torn.open("ab") as file:
+        size = file.write(b"MRF\x01 and then the node lost its power")
+    before = fingerprint(tmp_path)
+    done = sync(tmp_path, "--tracking-uri", mlflow_server.uri)
+    (told,) = done["runs"]
+    assert told["records"] == 4 * (2 * 50 + 2)
+    assert [note for note in told["notes"] if note.startswith(f"torn tail: {size} bytes")]
+    run, points = points_of(mlflow_server, run_id)
+    assert points == sorted(wanted, key=lambda point: (point[0], point[3]))
+    assert (run.info.status, run.info.end_time) == ("FINISHED", 1_795_000_060_000)
+    assert fingerprint(tmp_path) == before
+    assert sent(sync(tmp_path, "--tracking-uri", mlflow_server.uri)) == 0
+
+
+def test_nodes_that_come_in_different_calls_are_one_run(tmp_path, mlflow_server):
+    run_id = fresh_id()
+    wanted = []
+    for node in (1, 0):  # that of rank 0 comes last
+        card = new_card(run_id, ranks=[node], world_size=2, node_count=2)
+        ends = "FAILED" if node else "FINISHED"
+        wanted += write_spool(tmp_path / f"node{node}", card, points=20, ends=ends)
+        sync(tmp_path / f"node{node}", "--tracking-uri", mlflow_server.uri)
+    run, points = points_of(mlflow_server, run_id)
+    assert points == sorted(wanted, key=lambda point: (point[0], point[3]))
+    assert run.info.status == "FAILED"
+
+
+_TRAINING = """
+import sys
+import mlflow_relay
+
+run = mlflow_relay.start_run("aifs", "o96", run_key=sys.argv[1])
+print(run.run_id, flush=True)
+for step in range(400):
+    run.log_metrics({"loss": step / 4}, step=step)
+    if step == 200:
+        print("half", flush=True)
+        sys.stdin.readline()
+run.end()
+"""
+
+
+def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(tmp_path, mlflow_server):
+    with Node(tmp_path / "node", mlflow_server.uri, settings={"offline": True}) as node:
+        node.start()
+        rank = node.rank(_TRAINING, fresh_id())
+        assert rank.stdout is not None
+        assert rank.stdin is not None
+        run_id = rank.stdout.readline().strip()
+        assert rank.stdout.readline() == "half\n"
+        wait_until(
+            lambda: [run for run in node.status()["runs"] if run["accepted_records"] >= 201],
+            "half of it is in the spool",
+        )
+        first = sync(node.spool, "--tracking-uri", mlflow_server.uri)
+        assert sent(first) >= 201
+        assert only(mlflow_server, run_id).info.status == "RUNNING"
+        rank.communicate("go on\n", timeout=60)
+        wait_until(lambda: not node.run()["ranks_alive"], "the rank is gone")
+        assert sent(sync(node.spool, "--tracking-uri", mlflow_server.uri)) == 400 - sent(first)
+        run, points = points_of(mlflow_server, run_id)
+        assert [point[1] for point in points] == [step / 4 for step in range(400)]
+        assert run.info.status == "FINISHED"
+        assert node.stop() == 0
+        node._daemon_environ.pop("MLFLOW_RELAY_OFFLINE")
+        node.start()
+        told = node.wait_until_ended()
+        assert told["delivered_points"] == 0
+        assert told["mlflow_run_id"] == run.info.run_id
+        assert told["settled_records"] == told["accepted_records"] == 401
+        assert node.stop() == 0
+    again = only(mlflow_server, run_id)
+    assert (again.info.status, again.info.end_time) == (run.info.status, run.info.end_time)
+
+
+# ── again, at once, cut off ──
+
+
+def test_two_syncs_at_the_same_time_leave_one_run_and_each_point_once(tmp_path, mlflow_server):
+    source = anemoi_run(400)
+    for copy in ("one", "two"):
+        write_mlruns(tmp_path / copy, [source])
+    calls = [
+        start_sync(tmp_path / copy, "--tracking-uri", mlflow_server.uri) for copy in ("one", "two")
+    ]
+    for call in calls:
+        _, errors = call.communicate(timeout=120)
+        assert call.returncode == 0, errors
+    _, points = points_of(mlflow_server, source.run_id)
+    assert points == source.points()
+
+
+def kill_and_repeat(
+    folder: Path, server: MlflowServer, kills: int, points: int, longest_s: float
+) -> None:
+    seed = random.randrange(1 << 30)
+    show(f"seed {seed}")
+    rng = random.Random(seed)
+    family = anemoi_family(points)
+    write_mlruns(folder / "mlruns", family.values())
+    run_id = fresh_id()
+    wanted = write_spool(folder / "spool", new_card(run_id), points=points)
+    cut = 0
+    for _ in range(kills):
+        call = start_sync(folder / "mlruns", folder / "spool", "--tracking-uri", server.uri)
+        time.sleep(rng.uniform(0.2, longest_s))  # the moment is what is random here
+        cut += call.poll() is None
+        call.kill()
+        call.communicate()
+    show(f"{cut} of {kills} calls were cut off")
+    sync(folder / "mlruns", folder / "spool", "--tracking-uri", server.uri)
+    check_anemoi_links(server, family)
+    _, found = points_of(server, run_id)
+    assert found == wanted
+
+
+def test_a_sync_that_is_killed_again_and_again_is_exact_in_the_end(tmp_path, mlflow_server):
+    kill_and_repeat(tmp_path, mlflow_server, 4, 2000, 2.5)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1800)
+def test_fifty_kills_at_random_moments(tmp_path, mlflow_server):
+    kill_and_repeat(tmp_path, mlflow_server, 50, 100_000, 12.0)
+
+
+def test_a_source_that_grew_is_sent_from_where_it_was(tmp_path, mlflow_server):
+    source = anemoi_run(40, status=1, end_ms=None)
+    store = write_mlruns(tmp_path / "mlruns", [source])
+    assert sent(sync(store, "--tracking-uri", mlflow_server.uri)) == 40
+    assert only(mlflow_server, source.run_id).info.status == "RUNNING"
+    source.lines["train/loss"] += ["1795000099000 0.5 99", "1795000098000 nan 98"]
+    source.lines["late/key"] = ["1795000099000 inf 99"]
+    source.status, source.end_ms = 4, 1_795_000_100_000
+    write_run(store / "547247666917800932" / source.run_id, source)
+    assert sent(sync(store, "--tracking-uri", mlflow_server.uri)) == 3
+    assert sent(sync(store, "--tracking-uri", mlflow_server.uri)) == 0
+    run, points = points_of(mlflow_server, source.run_id)
+    assert len(points) == 43
+    assert (run.info.status, run.info.end_time) == ("FAILED", source.end_ms)
+
+
+def test_what_users_changed_on_the_server_since_is_left_alone(tmp_path, mlflow_server):
+    source = anemoi_run(10)
+    store = write_mlruns(tmp_path / "mlruns", [source])
+    sync(store, "--tracking-uri", mlflow_server.uri)
+    client, run = mlflow_server.client(), only(mlflow_server, source.run_id)
+    client.set_tag(run.info.run_id, "projectName", "another")
+    client.update_run(run.info.run_id, status="RUNNING", name="another name")
+    sync(store, "--tracking-uri", mlflow_server.uri, "--experiment-name", "another experiment")
+    again = only(mlflow_server, source.run_id)
+    assert again.data.tags["projectName"] == "another"
+    assert (again.info.status, again.info.run_name) == ("RUNNING", "another name")
+
+
+def test_a_copy_of_a_source_that_is_complete_only_now_is_completed(tmp_path, mlflow_server):
+    source = anemoi_run(40)
+    whole = write_mlruns(tmp_path / "whole", [source])
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    metric = copy / "547247666917800932" / source.run_id / "metrics" / "train" / "loss"
+    content = metric.read_bytes()
+    metric.write_bytes(content[: len(content) // 2 + 3])
+    told = sync(copy, "--tracking-uri", mlflow_server.uri)["runs"][0]
+    assert [note for note in told["notes"] if "last line is not complete" in note]
+    sync(whole, "--tracking-uri", mlflow_server.uri)
+    _, points = points_of(mlflow_server, source.run_id)
+    assert points == source.points()
