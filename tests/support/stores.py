@@ -167,10 +167,13 @@ def write_spool(
     ends: str | None = "FINISHED",
     segment_bytes_max: int = 1 << 20,
     records_per_frame: int = 10,
+    is_counted: bool = False,
 ) -> list[Point]:
     """Write a run into a spool as a daemon that was offline leaves it; return its points.
 
     Each rank has so many points, two in each record.
+
+    Args: is_counted: return none of them, there are too many to hold.
     """
     spool = Spool(Disk(), folder, segment_bytes_max=segment_bytes_max)
     run = spool.open_run(card)
@@ -178,12 +181,17 @@ def write_spool(
     found: list[Point] = []
     for name, session in card.sessions.items():
         key = f"rank_{session.rank}/" if session.rank else ""
-        packed, seq = [], 0
+        packed: list[bytes] = []
+        seq = 0
         packer = records.MetricsPacker(key)
         for step in range(points // 2):
             at_ms = START_MS + step
             packed.append(packer.pack({"loss": step / 8, "lr": step / 16}, step, at_ms))
-            found += [(f"{key}loss", step / 8, at_ms, step), (f"{key}lr", step / 16, at_ms, step)]
+            if not is_counted:
+                found += [
+                    (f"{key}loss", step / 8, at_ms, step),
+                    (f"{key}lr", step / 16, at_ms, step),
+                ]
             if len(packed) == records_per_frame:
                 run.append([_frame(bytes.fromhex(name), seq, packed)])
                 seq, packed = seq + len(packed), []

@@ -117,10 +117,13 @@ def _gather(
     Raises: CommandError: there is nothing to bring.
     """
     from mlflow_relay_daemon.importers.recognise import recognise
+    from mlflow_relay_daemon.sinks.redact import redact_uri
     from mlflow_relay_daemon.sync.engine import Outcome
     from mlflow_relay_daemon.sync.source import SourceError
 
     stores, found = recognise(sources, timeout_s=config.request_timeout_s)
+    if any(each.uri == redact_uri(config.tracking_uri).rstrip("/") for each in stores.servers):
+        raise CommandError("the source is the destination itself: name another one", USAGE)
     errors = [str(error) for error in found]
     outcomes = []
     for run in stores.runs(include_deleted=include_deleted, experiment_name=experiment_name):

@@ -79,12 +79,12 @@ class SpoolRun:
             elif reader.settled_records.get(part.folder):
                 count = plural(reader.settled_records[part.folder], "record")
                 self.notes.append(f"{count} were delivered elsewhere, and are not in the spool")
-            for name, next_seq in progress.seen.items():
-                seen.add(bytes.fromhex(name), 0, next_seq)
+            for session, next_seq in progress.sessions().items():
+                seen.add(session, 0, next_seq)
             last_record_ms = max(last_record_ms, progress.last_record_ms)
             self.told_end = self.told_end or progress.end
-        for name, session in self.card.sessions.items():
-            seen.give_up(bytes.fromhex(name), session.first_seq)  # it spoke to another spool before
+        for name, known in self.card.sessions.items():
+            seen.give_up(bytes.fromhex(name), known.first_seq)  # it spoke to another spool before
         reader.mark = Watermark(sequences=seen.save(), last_record_ms=last_record_ms)
         if self.told_end is not None and len(self.told_end) == 3:
             status, end_ms, reason = self.told_end

@@ -206,8 +206,8 @@ class Lane:
             return
         mark = Watermark(**vars(self.run.mark))
         seen = Sequences(mark.sequences)
-        for session, next_seq in synced.seen.items():
-            seen.add(bytes.fromhex(session), 0, next_seq)
+        for session, next_seq in synced.sessions().items():
+            seen.add(session, 0, next_seq)
         mark.sequences = seen.save()
         mark.last_record_ms = max(mark.last_record_ms, synced.last_record_ms)
         self.run.settle(mark)

@@ -11,8 +11,8 @@ resend, which MLflow ignores.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from mlflow_relay_daemon.sinks import Tag
 
 SYNCED_TAG = "relay.synced"
 TAG_CHARS_MAX = 4000  # mlflow.entities.RunTag: every backend takes 5000
+_SESSION = re.compile(r"[0-9a-f]{32}")
 PARTS_MAX = 40  # some 10,000 metric keys; a run with more is read again from its beginning
 
 
@@ -35,6 +36,14 @@ class Progress:
     last_record_ms: int = 0
     #: How the end was told: status, time, reason. None: it was not.
     end: list[Any] | None = None
+
+    def sessions(self) -> dict[bytes, int]:
+        """Return what was seen of each session of a spool."""
+        return {
+            bytes.fromhex(name): next_seq
+            for name, next_seq in self.seen.items()
+            if _SESSION.fullmatch(name)
+        }
 
     @staticmethod
     def read(tags: Mapping[str, str], name: str) -> Progress:
@@ -84,5 +93,5 @@ def _joined(tags: Mapping[str, str], key: str, head: str) -> str:
         return ""
     try:
         return zlib.decompress(base64.b64decode(packed)).decode()
-    except (zlib.error, binascii.Error, UnicodeDecodeError):
+    except (zlib.error, ValueError):  # base64's and UTF-8's errors are ValueErrors
         return ""
