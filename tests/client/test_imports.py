@@ -23,7 +23,7 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service"],
+    ["service", "importers", "sync"],
     ["intake", "adoption", "control", "status", "hosted", "delivery", "lane"],
     ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
     ["states", "config", "control_client"],

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 
 from mlflow_relay_daemon.dead_letters import DeadLetters
-from mlflow_relay_daemon.lane import waits
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
@@ -26,6 +25,7 @@ from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.lane.waits import held_texts
 from mlflow_relay_daemon.retry import backoff_s
 from mlflow_relay_daemon.sinks import NotYet, Permanent, RunInfo, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
@@ -192,7 +192,7 @@ class Lane:
                 parent.mlflow_run_id = found.tags.get(PARENT_TAG)
             card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
             card.run_name = found.run_name
-            card.held += [text for text in waits.held(found.tags) if text not in card.held]
+            card.held += [text for text in held_texts(found.tags) if text not in card.held]
             self._pass_over_synced(found)
             card.state = next_state(card.state, RunEvent.CREATED)
             self.run.save_card()

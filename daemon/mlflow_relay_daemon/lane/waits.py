@@ -49,7 +49,7 @@ def tags(card: Card, before: Mapping[str, str], kept: frozenset[str] = frozenset
     return [(key, value) for key, value in wanted.items() if before.get(key, "") != value]
 
 
-def held(found: Mapping[str, str]) -> list[list[Any]]:
+def held_texts(found: Mapping[str, str]) -> list[list[Any]]:
     """Return the texts that wait, as a card has them."""
     texts = _unpack(found).get("held", [])
     return [[str(part) for part in text] for text in texts if len(text) == 3]
@@ -69,7 +69,7 @@ def fill(card: Card, info: RunInfo) -> None:
     for name in ("parent", "fork"):
         if told.get(name):
             setattr(card, name, Link(str(told[name]), is_waiting=name == "parent"))
-    card.held = held(info.tags)
+    card.held = held_texts(info.tags)
 
 
 def _pack(card: Card, kept: frozenset[str]) -> str:

@@ -201,7 +201,7 @@ class OneRun:
         card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
         card.run_name = found.run_name
         card.state = RunState.OPEN
-        card.held += [text for text in waits.held(found.tags) if text not in card.held]
+        card.held += [text for text in waits.held_texts(found.tags) if text not in card.held]
         return found
 
     def _find(self) -> RunInfo | None:
