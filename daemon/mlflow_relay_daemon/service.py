@@ -195,6 +195,10 @@ def _lock_runtime_folder(config: Config) -> int:
     except (RelayError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
+    if config.socket.exists() and not config.socket.is_socket():
+        raise CommandError(  # ZeroMQ would remove a file
+            f"{config.socket} is there and no socket: choose another --socket, or remove it"
+        )
     if lock is None:
         raise CommandError(
             f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.lane.destination import Records
@@ -52,7 +52,7 @@ class SpoolRun:
         self.where = ", ".join(str(part.folder) for part in self.parts)
         self.node = self.parts[0].node
         self.notes: list[str] = []
-        self.told_end: list[object] | None = None
+        self.told_end: list[Any] | None = None
         self._reader: Segments | None = None
 
     def size(self) -> Size:
@@ -86,11 +86,12 @@ class SpoolRun:
         for name, known in self.card.sessions.items():
             seen.give_up(bytes.fromhex(name), known.first_seq)  # it spoke to another spool before
         reader.mark = Watermark(sequences=seen.save(), last_record_ms=last_record_ms)
-        if self.told_end is not None and len(self.told_end) == 3:
-            status, end_ms, reason = self.told_end
-            self.card.state = RunState.ENDED
-            self.card.status, self.card.end_reason = str(status), str(reason)
-            self.card.end_ms = end_ms if isinstance(end_ms, int) else None
+        if self.told_end is not None and len(self.told_end) == 4:
+            status, end_ms, reason, sessions = self.told_end
+            card = self.card
+            card.state, card.status, card.end_reason = RunState.ENDED, str(status), str(reason)
+            card.end_ms = int(end_ms) if end_ms is not None else None
+            card.told_sessions = int(sessions)
         return reader
 
     def done(self) -> Size:
@@ -308,6 +309,7 @@ def _merged(found: Sequence[Card]) -> SyncCard:
     card.state, card.status = RunState.NEW, "RUNNING"
     card.experiment_id = card.mlflow_run_id = card.end_ms = None
     card.is_introduced, card.create_attempts, card.end_reason = False, 0, ""
+    card.told_sessions = 0
     return card
 
 

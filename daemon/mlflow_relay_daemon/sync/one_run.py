@@ -246,7 +246,9 @@ class OneRun:
             ending = RelayEnding(to)
             ending.is_leaving = True  # other nodes' spools may come in another month
             ending.tell()
-            self.source.told_end = [self.card.status, self.card.end_ms, self.card.end_reason]
+            card = self.card
+            told = [card.status, card.end_ms, card.end_reason, card.told_sessions]
+            self.source.told_end = told
         else:
             self.source.notes.append("not ended: a rank lives, or nobody has seen it end")
 
