@@ -26,7 +26,7 @@ from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.spool import NODE, RUNS, card_in_segments
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
-from mlflow_relay_daemon.sync.source import Size, SourceError, SyncCard
+from mlflow_relay_daemon.sync.source import NotHere, Size, SourceError, SyncCard
 from mlflow_relay_daemon.words import plural
 
 
@@ -138,6 +138,7 @@ class Segments:
         self.settled_records: dict[Path, int] = {}  #: how many those are, by folder
         self.records = self.bytes = 0
         self.notes: list[str] = []
+        self.artifacts = NotHere()
         self._files: list[tuple[int, int, int]] = []  # descriptor, first frame, end
         self._sequences = Sequences()
         self._piece: tuple[Place, Piece] | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from mlflow_relay.records import Artifact
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag
 from mlflow_relay_daemon.spool.card import Card
@@ -25,12 +26,25 @@ LAST_LIFE_TAG = "relay.last_life"
 SOURCE_TAG = "relay.source_run_id"
 
 
+class Artifacts(Protocol):
+    """What is to be uploaded of a run."""
+
+    def accept(self, artifacts: Iterable[Artifact]) -> None:
+        """Take them in; they are on the disk when this returns. Raises: OSError."""
+        ...
+
+
 class Records(Protocol):
     """A run's records and card: a folder of this daemon's spool, or a source of a sync."""
 
     card: Card
     lock: threading.RLock
     mark: Watermark
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Those whose records were delivered."""
+        ...
 
     def pieces(self) -> Iterator[tuple[Place, Piece, Place]]:
         """Yield (where it stands, what stands there, what is behind it) from the watermark on."""

@@ -202,8 +202,8 @@ class Lane:
     def _pass_over_synced(self, found: RunInfo) -> None:
         """What a sync has brought of this spool, while the daemon could not, is not sent again."""
         synced = Progress.read(found.tags, self._to.node)
-        if not synced.seen:
-            return
+        if not synced.seen or not synced.is_whole:
+            return  # what is passed over brings no artifact
         mark = Watermark(**vars(self.run.mark))
         seen = Sequences(mark.sequences)
         for session, next_seq in synced.sessions().items():

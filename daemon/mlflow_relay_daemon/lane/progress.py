@@ -36,6 +36,7 @@ class Progress:
     last_record_ms: int = 0
     #: How the end was told: status, time, reason. None: it was not.
     end: list[Any] | None = None
+    is_whole: bool = True  #: the artifacts among it are there, too
 
     def sessions(self) -> dict[bytes, int]:
         """Return what was seen of each session of a spool."""
@@ -53,12 +54,13 @@ class Progress:
         if text.startswith("z"):
             text = _joined(tags, key, text)
         try:
-            version, seen, last_record_ms, end = json.loads(text)
+            version, seen, last_record_ms, end, is_whole = json.loads(text)
             if version == 1:
                 return Progress(
                     {str(each): int(count) for each, count in seen.items()},
                     int(last_record_ms),
                     list(end) if end is not None else None,
+                    bool(is_whole),
                 )
         except (ValueError, TypeError, AttributeError):
             pass  # as if there were none: all is sent again
@@ -67,7 +69,8 @@ class Progress:
     def tags(self, name: str) -> list[Tag]:
         """Return the tags that keep this; none, if there is too much to keep."""
         key = _key(name)
-        text = json.dumps([1, self.seen, self.last_record_ms, self.end], separators=(",", ":"))
+        fields = [1, self.seen, self.last_record_ms, self.end, self.is_whole]
+        text = json.dumps(fields, separators=(",", ":"))
         if len(text) <= TAG_CHARS_MAX:
             return [(key, text)]
         packed = base64.b64encode(zlib.compress(text.encode(), 9)).decode()

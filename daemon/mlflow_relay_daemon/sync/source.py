@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from mlflow_relay.frames import Header
+from mlflow_relay.records import Artifact
 from mlflow_relay_daemon.lane.destination import Records
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.sinks import DatasetInput, RunInfo
@@ -138,6 +139,13 @@ class ForeignRun:
         """Nothing is held open between chunks."""
 
 
+class NotHere:
+    """Artifacts are brought apart from records: see sync.artifacts."""
+
+    def accept(self, artifacts: Iterable[Artifact]) -> None:
+        """They are found again by whoever brings them."""
+
+
 class Feed:
     """Chunks in the form of a spool's folder. Holds what a few requests take, and no more."""
 
@@ -145,6 +153,7 @@ class Feed:
         self.card: Card = card
         self.lock = threading.RLock()
         self.mark = Watermark(segment=1, offset=0)
+        self.artifacts = NotHere()
         self.seen = dict(seen)
         self._chunks = chunks
         self._window: deque[tuple[int, Piece, Mapping[str, int]]] = deque()
