@@ -230,6 +230,45 @@ def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(tmp_pat
     assert (again.info.status, again.info.end_time) == (run.info.status, run.info.end_time)
 
 
+_LOGGING_FILES = """
+import sys
+from pathlib import Path
+import mlflow_relay
+
+folder = Path(sys.argv[2])
+(folder / "kept.txt").write_text("kept")
+(folder / "large.bin").write_bytes(bytes(range(256)) * 20_000)
+(folder / "gone.txt").write_text("gone")
+with mlflow_relay.start_run("aifs", "files", run_key=sys.argv[1]) as run:
+    run.log_artifact(folder / "kept.txt", "notes")
+    run.log_artifact(folder / "large.bin")
+    run.log_artifact(folder / "gone.txt", copy=False)
+    run.log_metric("loss", 0.5, step=1)
+print(run.run_id)
+"""
+
+
+def test_artifacts_of_a_spool_arrive_once_and_one_that_vanished_is_named(tmp_path, mlflow_server):
+    with Node(tmp_path / "node", mlflow_server.uri, settings={"offline": True}) as node:
+        node.start()
+        output = node.rank(_LOGGING_FILES, fresh_id(), tmp_path).communicate(timeout=60)[0]
+        run_id = output.split()[-1]
+        wait_until(lambda: not node.run()["ranks_alive"], "the rank is gone")
+        assert node.stop() == 0
+    (tmp_path / "gone.txt").unlink()
+    (told,) = sync(node.spool, "--tracking-uri", mlflow_server.uri, code=1)["runs"]
+    assert told["uploaded_files"] == 2
+    assert [(each["kind"], each["key"]) for each in told["refusals"]] == [("artifact", "gone.txt")]
+    run = only(mlflow_server, run_id)
+    there = tmp_path / "there"
+    there.mkdir()
+    mlflow_server.client().download_artifacts(run.info.run_id, "", str(there))
+    assert (there / "notes" / "kept.txt").read_text() == "kept"
+    assert (there / "large.bin").read_bytes() == bytes(range(256)) * 20_000
+    again = sync(node.spool, "--tracking-uri", mlflow_server.uri)["runs"][0]
+    assert (again["uploaded_files"], again["refused"], again["sent_points"]) == (0, 0, 0)
+
+
 # ── again, at once, cut off ──
 
 

@@ -56,12 +56,27 @@ def with_fresh_ids(store: Path, folder: Path) -> dict[str, str]:
     return fresh
 
 
+def artifacts_of(server: MlflowServer, run_id: str, folder: Path) -> dict[str, bytes]:
+    """Return the content of all artifacts of an MLflow run, by path."""
+    folder.mkdir()
+    server.client().download_artifacts(run_id, "", str(folder))
+    return files_in(folder)
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
 # ── file stores ──
 
 
 def test_anemois_own_offline_runs_arrive_as_its_users_know_them(tmp_path, mlflow_server):
     ids = with_fresh_ids(ANEMOI, tmp_path / "save_dir" / "mlruns")
-    before = fingerprint(tmp_path)
+    before = fingerprint(tmp_path / "save_dir")
     done = sync(tmp_path / "save_dir", "--tracking-uri", mlflow_server.uri)
     assert {run["run_id"]: run["records"] for run in done["runs"]} == {
         ids[NEW]: 630,
@@ -79,7 +94,19 @@ def test_anemois_own_offline_runs_arrive_as_its_users_know_them(tmp_path, mlflow
     assert (new.info.start_time, new.info.end_time) == (1795409329220, 1795409329745)
     assert (child.info.run_name, fork.info.run_name) == ("o96 baseline", "o96 rollout")
     assert len(mlflow_server.all_points(new.info.run_id)) == 630
-    assert fingerprint(tmp_path) == before
+    folder = tmp_path / "save_dir" / "mlruns" / "547247666917800932" / ids[NEW] / "artifacts"
+    assert artifacts_of(mlflow_server, new.info.run_id, tmp_path / "there") == files_in(folder)
+    assert fingerprint(tmp_path / "save_dir") == before
+    (folder / "config.json").write_text("{}")
+    again = sync(tmp_path / "save_dir", "--tracking-uri", mlflow_server.uri)
+    assert {run["run_id"]: run["uploaded_files"] for run in again["runs"]} == {
+        ids[NEW]: 1,
+        ids[CHILD]: 0,
+        ids[FORK]: 0,
+    }
+    there = artifacts_of(mlflow_server, new.info.run_id, tmp_path / "there again")
+    assert there == files_in(folder)
+    assert there["config.json"] == b"{}"
 
 
 def test_every_form_of_a_metric_line_is_read(tmp_path, mlflow_server):
@@ -124,6 +151,7 @@ for uri in sys.argv[1:]:
         mlflow.log_param("lr", 0.1)
         mlflow.log_metrics({"loss": 0.5, "nan": float("nan")}, step=3)
         mlflow.log_metric("loss", 0.25, step=4)
+        mlflow.log_text("hello", "notes/hello.txt")
     with mlflow.start_run(run_name="unwanted") as deleted:
         mlflow.log_metric("loss", 1.0)
     mlflow.MlflowClient().delete_run(deleted.info.run_id)
@@ -149,7 +177,7 @@ def by_mlflow(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 @pytest.mark.parametrize("kind", ["mlruns", "mlflow.db"])
 def test_what_mlflow_itself_wrote_arrives_with_datasets_and_deleted_runs(
-    by_mlflow, mlflow_server, kind
+    tmp_path, by_mlflow, mlflow_server, kind
 ):
     store, run_id, deleted_id = by_mlflow[kind]
     before = fingerprint(store.parent)
@@ -161,6 +189,8 @@ def test_what_mlflow_itself_wrote_arrives_with_datasets_and_deleted_runs(
     assert run.data.tags["offlineRun"] == "True"
     points = mlflow_server.all_points(run.info.run_id)
     assert [(key, step) for key, _, _, step in points] == [("loss", 3), ("loss", 4), ("nan", 3)]
+    there = artifacts_of(mlflow_server, run.info.run_id, tmp_path / "there")
+    assert there == {"notes/hello.txt": b"hello"}
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "era5"
     assert json.loads(dataset.dataset.source)["url"] == "http://data.example.org/era5"
@@ -206,6 +236,35 @@ def test_a_database_of_an_old_schema_is_read(tmp_path, mlflow_server):
     assert (run.data.tags["mlflow.user"], told["experiment_name"]) == ("ada", "of 2018")
 
 
+@pytest.mark.parametrize("beside", ["mlartifacts", ""])
+def test_artifacts_of_a_database_that_was_moved_are_found_beside_it_or_named(
+    tmp_path, mlflow_server, beside
+):
+    run_id = uuid.uuid4().hex
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        database.executescript(
+            f"""
+            CREATE TABLE experiments (experiment_id INTEGER, name TEXT, lifecycle_stage TEXT);
+            CREATE TABLE runs (run_uuid TEXT, name TEXT, user_id TEXT, status TEXT,
+                start_time BIGINT, end_time BIGINT, lifecycle_stage TEXT, experiment_id INTEGER,
+                artifact_uri TEXT);
+            CREATE TABLE metrics (key TEXT, value FLOAT, timestamp BIGINT, run_uuid TEXT);
+            CREATE TABLE params (key TEXT, value TEXT, run_uuid TEXT);
+            CREATE TABLE tags (key TEXT, value TEXT, run_uuid TEXT);
+            INSERT INTO runs VALUES ('{run_id}', 'moved', 'ada', 'FINISHED', 1500000000000,
+                1500000001000, 'active', 1, 'file:///scratch/train/mlruns/1/{run_id}/artifacts');
+            """
+        )
+    if beside:
+        folder = tmp_path / beside / "1" / run_id / "artifacts" / "plots"
+        folder.mkdir(parents=True)
+        (folder / "loss.png").write_bytes(b"a picture")
+    (told,) = sync(tmp_path, "--tracking-uri", mlflow_server.uri)["runs"]
+    there = artifacts_of(mlflow_server, told["mlflow_run_id"], tmp_path / "there")
+    assert there == ({"plots/loss.png": b"a picture"} if beside else {})
+    assert [note for note in told["notes"] if "are not here" in note] or beside
+
+
 # ── a server ──
 
 
@@ -223,6 +282,7 @@ def test_runs_of_another_server_arrive_with_the_links_between_them(tmp_path, mlf
             client.log_param(ids[-1], "metadata.run_id", ids[0])
             for step in range(3):
                 client.log_metric(ids[-1], "loss", step / 2, START_MS + step, step)
+            client.log_text(ids[-1], f"of run {index}", "deep/er/notes.txt")
             client.set_terminated(ids[-1], "FAILED", START_MS + 9)
         arguments = (source.uri, "--tracking-uri", mlflow_server.uri)
         assert sent(sync(*arguments, "--run", ids[1])) == 3
@@ -233,6 +293,8 @@ def test_runs_of_another_server_arrive_with_the_links_between_them(tmp_path, mlf
         line = complaint(source.uri, "--tracking-uri", source.uri, code=64)
         assert "destination itself" in line
     parent, child = (only(mlflow_server, each) for each in ids)
+    there = artifacts_of(mlflow_server, child.info.run_id, tmp_path / "there")
+    assert there == {"deep/er/notes.txt": b"of run 1"}
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.params["metadata.run_id"] == parent.info.run_id
     assert child.data.params["metadata.server2server_run_id"] == ids[0]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from mlflow_relay_daemon.sync.engine import Engine, Outcome
+    from mlflow_relay_daemon.sync.one_run import Server
 
 PATIENCE_S = 300.0
 REPORT_PERIOD_S = 5.0
@@ -81,7 +82,7 @@ def sync(
     outcomes, errors = _gather(
         sources, names, experiment_name, include_deleted=include_deleted, config=config
     )
-    server = _open_server(config)
+    server = _open_server(config, jobs)
     engine = Engine(server, outcomes, jobs=jobs, patience_s=patience_s)
     if dry_run:
         _look(engine, outcomes)
@@ -97,6 +98,7 @@ def sync(
             click.echo(line)
         for line in trouble_lines(outcomes, errors, engine.gave_up):
             click.echo(f"mlflow-relay: {line}", err=True)
+    server.stores.close()
     server.sink.close()
     click.get_current_context().exit(code)
 
@@ -170,12 +172,15 @@ def _is_meant(outcome: Outcome, name: str) -> bool:
     return is_prefix or card.run_name == name
 
 
-def _open_server(config: Config) -> Any:
+def _open_server(config: Config, jobs: int) -> Server:
     """Return the server, once it has answered. Raises: CommandError: it does not."""
+    from mlflow_relay_daemon.artifacts.helper_client import Helper
+    from mlflow_relay_daemon.artifacts.stores import Stores
     from mlflow_relay_daemon.lane.links import LineageParams
     from mlflow_relay_daemon.retry import Breaker
     from mlflow_relay_daemon.sinks import SinkError
     from mlflow_relay_daemon.sinks.open import open_sink
+    from mlflow_relay_daemon.sinks.rest import RestSink
     from mlflow_relay_daemon.sync.one_run import Server
 
     if config.origin["tracking_uri"] == "default":
@@ -186,7 +191,12 @@ def _open_server(config: Config) -> Any:
     except (ValueError, SinkError) as error:
         raise CommandError(str(error)) from None
     names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
-    return Server(sink, Breaker(cap_s=config.retry_wait_s_max), names)
+    stores = Stores(
+        config.tracking_uri,
+        is_direct=isinstance(sink, RestSink),
+        helper=Helper(config.tracking_uri, jobs),
+    )
+    return Server(sink, Breaker(cap_s=config.retry_wait_s_max), names, stores)
 
 
 def _look(engine: Engine, outcomes: Sequence[Outcome]) -> None:
@@ -239,6 +249,7 @@ def _run_object(outcome: Outcome) -> dict[str, Any]:
         "state": outcome.state,
         "new": bool(one is not None and one.is_new),
         "records": outcome.size.records,
+        "uploaded_files": one.uploaded_files if one is not None else 0,
         "sent_points": one.sent.records if one is not None else 0,
         "refused": outcome.refused,
         "refusals": [
@@ -293,6 +304,8 @@ def summary_lines(
     sent = sum(each.one.sent.records for each in outcomes if each.one is not None)
     rate = f", {sent / took_s:,.0f} a second" if sent and took_s >= 1 else ""
     words = [f"{done} of {plural(len(outcomes), 'run')} there"]
+    files = sum(each.one.uploaded_files for each in outcomes if each.one is not None)
+    words += [f"{plural(files, 'file')} uploaded"] if files else []
     words += [
         f"{plural(sent, 'point')} sent in {took_s:.1f} s{rate}" if sent else "nothing to send"
     ]

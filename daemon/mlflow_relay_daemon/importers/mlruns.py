@@ -21,12 +21,15 @@ from typing import Any
 from mlflow_relay_daemon.batch import METRICS_MAX, Points
 from mlflow_relay_daemon.importers.foreign import (
     Texts,
+    local_folder,
     make_card,
     make_input,
     make_texts,
     text_chunks,
 )
 from mlflow_relay_daemon.sinks import DatasetInput, Metric
+from mlflow_relay_daemon.sinks.redact import redact_uri
+from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 META = "meta.yaml"
@@ -48,6 +51,7 @@ class FileRun(ForeignRun):
     """One run's folder."""
 
     folder: Path = Path()
+    artifact_uri: str = ""
     texts: Texts = field(default_factory=lambda: Texts({}, {}, *[frozenset()] * 3))
 
     def size(self) -> Size:
@@ -74,6 +78,17 @@ class FileRun(ForeignRun):
                     points, upto = [], {}
         if points:
             yield Chunk([_record(points)], upto)
+
+    def wanted(self) -> list[Wanted]:
+        """Return the files beside the run; where it says that they are is another machine."""
+        folder = self.folder / "artifacts"
+        if not folder.is_dir() and self.artifact_uri:
+            found = local_folder(self.artifact_uri)
+            if found is None:
+                self._note(f"its artifacts are not here, but at {redact_uri(self.artifact_uri)}")
+                return []
+            folder = found
+        return list(wanted_folder(folder, self.notes))
 
     def _points(self, key: str, path: Path, start: int) -> Iterator[tuple[Metric, int]]:
         """Yield the points of one file, each with the place behind it."""
@@ -157,6 +172,7 @@ def _read_run(folder: Path, experiment: str) -> FileRun:
         is_deleted=meta.get("lifecycle_stage") == "deleted",
         inputs=list(_inputs(folder)),
         folder=folder,
+        artifact_uri=str(meta.get("artifact_uri") or ""),
         texts=texts,
         **texts.fields(),
     )

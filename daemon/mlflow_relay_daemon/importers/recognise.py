@@ -11,7 +11,7 @@ from mlflow_relay_daemon.importers import mlruns, server, spool, sqlite
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.sync.source import Source, SourceError
 
-DATABASE, FILE_STORE = "mlflow.db", "mlruns"
+FILE_STORE = "mlruns"
 KINDS = (
     "a spool (runs/ and node in it), a folder of spools, an mlruns folder, an mlflow.db, a folder "
     "with one of these in it, or the http address of an MLflow server"
@@ -86,8 +86,8 @@ def _in_folder(stores: Stores, folder: Path) -> int:
     spools = [each for each in sorted(folder.iterdir()) if each.is_dir() and spool.is_spool(each)]
     stores.spools += spools
     count = len(spools)
-    if (folder / DATABASE).is_file() and sqlite.is_database(folder / DATABASE):
-        stores.databases.append(folder / DATABASE)
+    if (folder / sqlite.DATABASE).is_file() and sqlite.is_database(folder / sqlite.DATABASE):
+        stores.databases.append(folder / sqlite.DATABASE)
         count += 1
     if mlruns.is_file_store(folder):
         stores.file_stores.append(folder)

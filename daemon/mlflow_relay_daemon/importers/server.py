@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import orjson
 
+from mlflow_relay_daemon.artifacts.source import NoSuchContent, Source
 from mlflow_relay_daemon.batch import METRICS_MAX, Points
 from mlflow_relay_daemon.importers.foreign import (
     Texts,
@@ -21,6 +26,7 @@ from mlflow_relay_daemon.importers.foreign import (
 from mlflow_relay_daemon.sinks import Metric, SinkError
 from mlflow_relay_daemon.sinks.answers import answer_object
 from mlflow_relay_daemon.sinks.http_client import HttpClient
+from mlflow_relay_daemon.sync.artifacts import Wanted, mark_of, wanted_file
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 API = "/api/2.0/mlflow"
@@ -80,6 +86,32 @@ class SourceServer:
                 return
             query["page_token"] = page["next_page_token"]
 
+    def files(self, run_id: str, folder: str = "") -> Iterator[tuple[str, int]]:
+        """Yield path and size of all artifacts of a run."""
+        query = urlencode({"run_id": run_id, **({"path": folder} if folder else {})})
+        for each in self.ask(f"/artifacts/list?{query}").get("files", []):
+            if each.get("is_dir"):
+                yield from self.files(run_id, each["path"])
+            else:
+                yield each["path"], int(each.get("file_size") or 0)
+
+    @contextmanager
+    def fetch(self, run_id: str, path: str) -> Iterator[Source]:
+        """Have an artifact in a file for as long as the context lasts.
+
+        Raises: NoSuchContent; OSError: no space for it here.
+        """
+        query = urlencode({"run_uuid": run_id, "path": path})
+        with tempfile.TemporaryDirectory(prefix="mlflow-relay-") as folder:
+            file = Path(folder, "artifact")
+            try:
+                with file.open("wb") as opened:
+                    self._http.fetch(f"/get-artifact?{query}", opened)
+            except SinkError as error:
+                raise NoSuchContent(f"the source does not give it: {error}") from None
+            with wanted_file(path, file).open() as source:
+                yield source
+
     def _pages(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while True:
             page = self.ask(path, body)
@@ -120,6 +152,15 @@ class ServerRun(ForeignRun):
                     count += len(points)
                     yield Chunk([Points(max(point[2] for point in points), points)], {})
             yield Chunk([], {key: count})
+
+    def wanted(self) -> list[Wanted]:
+        """Return its artifacts; what they are is told by their size, and known when they come."""
+        server = self.server
+        assert server is not None
+        return [
+            Wanted(path, size, mark_of(size, b""), partial(server.fetch, self.run_id, path))
+            for path, size in server.files(self.run_id)
+        ]
 
     def _count(self, key: str) -> int:
         assert self.server is not None

@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow_relay.errors import FormatError, VersionError
+from mlflow_relay.records import ARTIFACT, Artifact, unpack_record
+from mlflow_relay_daemon.artifacts.source import locate
 from mlflow_relay_daemon.lane.destination import Records
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.sinks import RunInfo
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment, watermark
 from mlflow_relay_daemon.spool.card import Card, Link
+from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.spool import NODE, RUNS, card_in_segments
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
+from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_record
 from mlflow_relay_daemon.sync.source import NotHere, Size, SourceError, SyncCard
 from mlflow_relay_daemon.words import plural
+
+#: An array of the kind and the fields: PROTOCOL, Records.
+ARTIFACT_HEAD = bytes((0x90 + 1 + len(Artifact._fields), ARTIFACT))
+STAGING = "staging"  # of a spool: where ranks put what they log
 
 
 class Part(NamedTuple):
@@ -53,6 +62,7 @@ class SpoolRun:
         self.node = self.parts[0].node
         self.notes: list[str] = []
         self.told_end: list[Any] | None = None
+        self.uploaded: dict[str, int] = {}
         self._reader: Segments | None = None
 
     def size(self) -> Size:
@@ -109,7 +119,9 @@ class SpoolRun:
         seen = Sequences(self._reader.mark.sequences)
         told: dict[str, Progress] = {}
         for part in self.parts:
-            progress = Progress({}, self._reader.mark.last_record_ms, self.told_end)
+            is_whole = all(self.uploaded.get(each.path) == each.mark for each in self.wanted())
+            last_ms = self._reader.mark.last_record_ms
+            progress = Progress({}, last_ms, self.told_end, is_whole)
             for name in part.card.sessions:
                 known = self.card.sessions[name]
                 next_seq = seen.next_seq(bytes.fromhex(name)) - (known.end_status is not None)
@@ -117,6 +129,18 @@ class SpoolRun:
                     progress.seen[name] = next_seq
             told[part.node] = progress
         return told
+
+    def wanted(self) -> list[Wanted]:
+        """Return what ranks have logged as artifacts, the last of each name."""
+        assert self._reader is not None
+        found: dict[str, Wanted] = {}
+        for part in self.parts:
+            staging = part.folder.parent.parent / STAGING
+            logged = Ledger(Disk(), part.folder).oldest_first()
+            for artifact in [each for _, each in logged] + self._reader.logged[part.folder]:
+                file = locate(artifact, self.card.run_id, staging)
+                found[artifact.path] = wanted_record(artifact, file)
+        return list(found.values())
 
     def close(self) -> None:
         """Let go of the segments."""
@@ -139,6 +163,7 @@ class Segments:
         self.records = self.bytes = 0
         self.notes: list[str] = []
         self.artifacts = NotHere()
+        self.logged: dict[Path, list[Artifact]] = {}  #: artifacts, by folder
         self._files: list[tuple[int, int, int]] = []  # descriptor, first frame, end
         self._sequences = Sequences()
         self._piece: tuple[Place, Piece] | None = None
@@ -202,6 +227,7 @@ class Segments:
 
     def _open(self, folder: Path) -> None:
         numbers = segment.numbers_in(folder)
+        logged = self.logged[folder] = []
         for index, number in enumerate(numbers):
             fd = os.open(segment.path_of(folder, number), os.O_RDONLY | os.O_CLOEXEC)
             end = os.fstat(fd).st_size
@@ -209,7 +235,7 @@ class Segments:
             self.bytes += end
             if index == 0:
                 self._take_head(folder, fd)
-            self._count(fd, start, end, is_last=index == len(numbers) - 1)
+            self._count(fd, start, end, logged, is_last=index == len(numbers) - 1)
 
     def _take_head(self, folder: Path, fd: int) -> None:
         """The head of the oldest segment says what was settled before it."""
@@ -222,8 +248,14 @@ class Segments:
         _add(self._sequences, found)
         self.settled_records[folder] = head.accepted_records
 
-    def _count(self, fd: int, start: int, end: int, *, is_last: bool) -> None:
-        for piece in segment.iter_pieces(fd, start, end):
+    def _count(
+        self, fd: int, start: int, end: int, logged: list[Artifact], *, is_last: bool
+    ) -> None:
+        at = start
+        while at < end:
+            piece = segment.read_piece(fd, at, end)
+            at = piece.end
+            logged += map(_artifact, filter(_is_artifact, piece.records))
             if piece.header is not None and piece.whole:
                 header = piece.header
                 self.records += header.records
@@ -234,6 +266,17 @@ class Segments:
             else:
                 size = piece.end - piece.start
                 self.notes.append(f"damaged: {size} bytes in a segment")
+
+
+def _is_artifact(record: bytes | None) -> bool:
+    """Told by its first two bytes; thousands of times as many are metrics."""
+    return record is not None and record[:2] == ARTIFACT_HEAD
+
+
+def _artifact(record: bytes) -> Artifact:
+    found = unpack_record(record)
+    assert isinstance(found, Artifact)
+    return found
 
 
 def find_runs(

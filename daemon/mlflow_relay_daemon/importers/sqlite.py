@@ -12,16 +12,27 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from mlflow_relay_daemon.batch import METRICS_MAX, Points
-from mlflow_relay_daemon.importers.foreign import Texts, make_card, make_texts, text_chunks
+from mlflow_relay_daemon.importers.foreign import (
+    Texts,
+    local_folder,
+    make_card,
+    make_texts,
+    text_chunks,
+)
 from mlflow_relay_daemon.sinks import DatasetInput, Metric
+from mlflow_relay_daemon.sinks.redact import redact_uri
+from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 MAGIC = b"SQLite format 3\0"
 _WAL = 2  # sqlite.org/fileformat.html: byte 18 of the file
 _BUSY_TIMEOUT_S = 30.0
+DATABASE = "mlflow.db"
+#: Where `mlflow server` and the mlflow package keep artifacts, beside their database.
+ARTIFACT_FOLDERS = ("mlartifacts", "mlruns", ".")
 #: In a progress: so many rows of the run were read, oldest first. No metric can have such a key.
 ROWS_SEEN = "#rows"
 
@@ -32,6 +43,7 @@ class TableRun(ForeignRun):
 
     database: Path = Path()
     run_uuid: str = ""
+    artifact_uri: str = ""
     texts: Texts = field(default_factory=lambda: Texts({}, {}, *[frozenset()] * 3))
 
     def size(self) -> Size:
@@ -62,6 +74,19 @@ class TableRun(ForeignRun):
                 at += len(points)
                 record = Points(max(point[2] for point in points), points)
                 yield Chunk([record], {ROWS_SEEN: at})
+
+    def wanted(self) -> list[Wanted]:
+        """Return the files of the run: where it says, or in a folder beside the database."""
+        names = Path(unquote(urlsplit(self.artifact_uri).path)).parts[-3:]
+        beside = [self.database.parent.joinpath(each, *names) for each in ARTIFACT_FOLDERS]
+        here = [local_folder(self.artifact_uri), *(each for each in beside if each.is_dir())]
+        found = next((each for each in here if each is not None), None)
+        if found is not None:
+            return list(wanted_folder(found, self.notes))
+        if self.artifact_uri:
+            text = f"its artifacts are not here: no {redact_uri(self.artifact_uri)}"
+            self.notes.append(f"{text}, nor {'/'.join(names)} in mlartifacts/ beside {DATABASE}")
+        return []
 
 
 def find_runs(
@@ -128,6 +153,7 @@ def _read_run(
         inputs=list(_inputs(database, run_id)),
         database=file,
         run_uuid=run_id,
+        artifact_uri=(row["artifact_uri"] or "") if "artifact_uri" in row.keys() else "",  # noqa: SIM118  # a Row's `in` looks at values
         texts=texts,
         **texts.fields(),
     )

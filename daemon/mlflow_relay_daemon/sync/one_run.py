@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from mlflow_relay_daemon.artifacts.stores import Store, Stores
 from mlflow_relay_daemon.batch import Objection
 from mlflow_relay_daemon.dead_letters import DeadLetter, as_letter
 from mlflow_relay_daemon.lane import waits
@@ -25,11 +26,13 @@ from mlflow_relay_daemon.lane.destination import OWNER_TAG, RUN_ID_TAG, Destinat
 from mlflow_relay_daemon.lane.ending import Ending as RelayEnding
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LineageParams, Links
+from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.retry import Breaker, Stopped, backoff_s
 from mlflow_relay_daemon.sinks import NotYet, RunInfo, Sink, Tag, TryAgain
 from mlflow_relay_daemon.states import RunState
-from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Size, Source
+from mlflow_relay_daemon.sync.artifacts import bring
+from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Size, Source, SourceError
 from mlflow_relay_daemon.sync.translation import RelativesOnly
 
 #: How often it is written down how far the run has come: what a kill makes us send again.
@@ -41,6 +44,8 @@ WAITS_MAX = 10
 REFUSALS_KEPT_MAX = 1000
 #: In a progress: how many dataset inputs were told. No metric can have such a key.
 INPUTS_SEEN = "#inputs"
+#: The name of the progress of the artifacts, whatever they come from.
+ARTIFACTS_NAME = "artifacts"
 
 T = TypeVar("T")
 
@@ -79,6 +84,7 @@ class Server:
     sink: Sink
     breaker: Breaker
     names: LineageParams
+    stores: Stores
     stop: threading.Event = field(default_factory=threading.Event)
 
     def patiently(self, step: Callable[[int], T]) -> T:
@@ -113,7 +119,8 @@ class OneRun:
         self.refusals = Refusals()
         self.info: RunInfo | None = None
         self.is_new = False  #: this call made the MLflow run
-        self.sent = Size()  #: what this call has delivered
+        self.sent = Size()  #: what this call has delivered: points, and records in place of bytes
+        self.uploaded_files = self.uploaded_bytes = 0
         self._links: Links | None = None
         self._to: Destination | None = None
         self._progress_s = 0.0
@@ -126,6 +133,7 @@ class OneRun:
         server = self.server
         info = self.info = self._find_or_create()
         records = self.source.open(info)
+        self.source.uploaded = Progress.read(info.tags, ARTIFACTS_NAME).seen
         self._to = to = Destination(records, server.sink, server.breaker, self.source.node)
         translation = self._translation(to)
         resolver = Resolver(server.sink, lambda _: None)
@@ -138,6 +146,7 @@ class OneRun:
             if time.monotonic() - self._progress_s >= PROGRESS_EVERY_S:
                 self._save_progress()
         server.patiently(lambda _: self._tell_inputs())
+        self._bring_artifacts()
         self.tell_links()
         server.patiently(lambda _: self._tell_end())
         self._save_progress()
@@ -223,6 +232,27 @@ class OneRun:
 
     # ── the rest ──
 
+    def _bring_artifacts(self) -> None:
+        """Upload them, behind the records. Raises: SourceError: some are to come another time."""
+        info = self.info
+        assert info is not None
+
+        def store() -> Store:
+            return self.server.stores.open(info.artifact_uri)
+
+        def report() -> None:
+            if self.server.stop.is_set():
+                raise Stopped
+            if time.monotonic() - self._progress_s >= PROGRESS_EVERY_S:
+                self._save_progress()
+
+        done = bring(self.source.wanted(), self.source.uploaded, store, self.refusals, report)
+        self.uploaded_files, self.uploaded_bytes = done.files, done.bytes
+        if done.failures:
+            self._save_progress()
+            more = f" (and {len(done.failures) - 1} more)" if len(done.failures) > 1 else ""
+            raise SourceError(done.failures[0] + more)
+
     def _tell_inputs(self) -> None:
         source, sink, to = self.source, self.server.sink, self._to
         assert to is not None
@@ -269,6 +299,8 @@ class OneRun:
         wanted: list[Tag] = []
         for name, progress in self.source.progress().items():
             wanted += progress.tags(name)
+        if self.source.uploaded:
+            wanted += Progress(self.source.uploaded).tags(ARTIFACTS_NAME)
         self._to.set_tags([tag for tag in wanted if self.info.tags.get(tag[0]) != tag[1]])
         self._note(wanted)
         self._progress_s = time.monotonic()

@@ -20,6 +20,7 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
 from mlflow_relay_daemon.spool.watermark import Watermark
+from mlflow_relay_daemon.sync.artifacts import Wanted
 
 #: Runs of other stores have no sessions; all their records are of this one.
 SESSION = bytes(16)
@@ -51,6 +52,7 @@ class Source(Protocol):
     node: str  #: who brings it, as other nodes of the run see it
     notes: list[str]  #: what people should know: a torn tail, an artifact that is not there
     told_end: list[Any] | None  #: how the server was told that it ended; known once it is open
+    uploaded: dict[str, int]  #: marks of the artifacts that the server has, by path
 
     def size(self) -> Size:
         """Return how much there is. Raises: SourceError, OSError."""
@@ -66,6 +68,10 @@ class Source(Protocol):
 
     def progress(self) -> dict[str, Progress]:
         """Return how far it is delivered, by the names to keep it under."""
+        ...
+
+    def wanted(self) -> list[Wanted]:
+        """Return its artifacts; known once it is open. Raises: SourceError, OSError."""
         ...
 
     def close(self) -> None:
@@ -108,6 +114,7 @@ class ForeignRun:
     inputs: list[DatasetInput] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     told_end: list[Any] | None = None
+    uploaded: dict[str, int] = field(default_factory=dict)
     node: str = "sync"
     feed: Feed | None = None
 
@@ -129,6 +136,10 @@ class ForeignRun:
     def done(self) -> Size:
         """Return how much of it the server has by now."""
         return Size() if self.feed is None else Size(self.feed.mark.delivered_points)
+
+    def wanted(self) -> list[Wanted]:
+        """Return its artifacts. Raises: SourceError, OSError."""
+        raise NotImplementedError
 
     def progress(self) -> dict[str, Progress]:
         """Return how far it is delivered."""
