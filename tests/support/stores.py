@@ -87,7 +87,12 @@ def write_mlruns(folder: Path, runs: Iterable[Run], experiment: str = "aifs") ->
     place.mkdir(parents=True, exist_ok=True)
     _yaml(
         place / "meta.yaml",
-        {"experiment_id": place.name, "name": experiment, "lifecycle_stage": "active"},
+        {
+            "experiment_id": place.name,
+            "name": experiment,
+            "lifecycle_stage": "active",
+            "artifact_location": f"file:///nowhere/{place.name}",
+        },
     )
     for run in runs:
         write_run(place / run.run_id, run)
@@ -109,6 +114,11 @@ def write_run(place: Path, run: Run) -> None:
             "experiment_id": place.parent.name,
             "lifecycle_stage": "deleted" if run.is_deleted else "active",
             "artifact_uri": f"file:///nowhere/{run.run_id}/artifacts",
+            "source_type": 4,
+            "source_name": "",
+            "source_version": "",
+            "entry_point_name": "",
+            "tags": [],
         },
     )
     for kind, texts in (("params", run.params), ("tags", run.tags)):

@@ -3,6 +3,7 @@ nothing there.
 
 recognise   which kind of store an argument of `mlflow-relay sync` is
 spool       folders of this project's daemons
+segments    what stands in their segments
 mlruns      MLflow's file store
 sqlite      MLflow's database in a file
 server      an MLflow server

@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 from zlib import crc32
 
 from mlflow_relay.records import Params, Tags, chunks
@@ -119,15 +117,6 @@ def make_input(dataset: Mapping[str, Any], tags: Mapping[str, Any]) -> DatasetIn
     names = ("name", "digest", "source_type", "source", "schema", "profile")
     texts = {name: str(dataset.get(name) or "") for name in names}
     return DatasetInput(**texts, tags=tuple((str(key), str(tags[key])) for key in tags))
-
-
-def local_folder(artifact_uri: str) -> Path | None:
-    """Return the folder that an artifact URI names; None: it is none, or not on this machine."""
-    parts = urlsplit(artifact_uri)
-    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
-        return None
-    folder = Path(unquote(parts.path))
-    return folder if folder.is_dir() else None
 
 
 def text_chunks(texts: Texts, start_ms: int, seen: Mapping[str, int]) -> Iterator[Chunk]:

@@ -21,7 +21,6 @@ from typing import Any
 from mlflow_relay_daemon.batch import METRICS_MAX, Points
 from mlflow_relay_daemon.importers.foreign import (
     Texts,
-    local_folder,
     make_card,
     make_input,
     make_texts,
@@ -29,7 +28,7 @@ from mlflow_relay_daemon.importers.foreign import (
 )
 from mlflow_relay_daemon.sinks import DatasetInput, Metric
 from mlflow_relay_daemon.sinks.redact import redact_uri
-from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_folder
+from mlflow_relay_daemon.sync.artifacts import Wanted, local_folder, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 META = "meta.yaml"

@@ -6,36 +6,30 @@ have of one run is one run here.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlflow_relay.errors import FormatError, VersionError
-from mlflow_relay.records import ARTIFACT, Artifact, unpack_record
 from mlflow_relay_daemon.artifacts.source import locate
+from mlflow_relay_daemon.importers.segments import Segments, add
 from mlflow_relay_daemon.lane.destination import Records
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.sinks import RunInfo
 from mlflow_relay_daemon.spool import card as cards
-from mlflow_relay_daemon.spool import segment, watermark
+from mlflow_relay_daemon.spool import watermark
 from mlflow_relay_daemon.spool.card import Card, Link
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.ledger import Ledger
-from mlflow_relay_daemon.spool.run_spool import Place
-from mlflow_relay_daemon.spool.segment import Piece
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.spool import NODE, RUNS, card_in_segments
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
 from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_record
-from mlflow_relay_daemon.sync.source import NotHere, Size, SourceError, SyncCard
+from mlflow_relay_daemon.sync.source import Size, SourceError, SyncCard
 from mlflow_relay_daemon.words import plural
 
-#: An array of the kind and the fields: PROTOCOL, Records.
-ARTIFACT_HEAD = bytes((0x90 + 1 + len(Artifact._fields), ARTIFACT))
 STAGING = "staging"  # of a spool: where ranks put what they log
 
 
@@ -84,7 +78,7 @@ class SpoolRun:
             progress = Progress.read(found.tags, part.node)
             if part.card.mlflow_run_id == found.run_id:
                 mark = _mark(part.folder)
-                _add(seen, Sequences(mark.sequences))
+                add(seen, Sequences(mark.sequences))
                 last_record_ms = max(last_record_ms, mark.last_record_ms)
             elif reader.settled_records.get(part.folder):
                 count = plural(reader.settled_records[part.folder], "record")
@@ -149,136 +143,6 @@ class SpoolRun:
             self._reader = None
 
 
-class Segments:
-    """The segments of a run, of all its folders, one behind the other. Implements `Records`.
-
-    All files are open from the beginning on: a daemon may remove what it has delivered, and what
-    is open stays readable.
-    """
-
-    def __init__(self, card: Card, folders: Sequence[Path]) -> None:
-        self.card, self.lock, self.mark = card, threading.RLock(), Watermark()
-        self.before = Sequences()  #: what was delivered before the first segment that is left
-        self.settled_records: dict[Path, int] = {}  #: how many those are, by folder
-        self.records = self.bytes = 0
-        self.notes: list[str] = []
-        self.artifacts = NotHere()
-        self.logged: dict[Path, list[Artifact]] = {}  #: artifacts, by folder
-        self._files: list[tuple[int, int, int]] = []  # descriptor, first frame, end
-        self._sequences = Sequences()
-        self._piece: tuple[Place, Piece] | None = None
-        try:
-            for folder in folders:
-                self._open(folder)
-        except (FormatError, VersionError) as error:
-            self.close()
-            raise SourceError(str(error)) from None
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> Segments:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        for fd, _, _ in self._files:
-            os.close(fd)
-        self._files.clear()
-
-    @property
-    def read_bytes(self) -> int:
-        """How much stands before the watermark."""
-        whole = sum(end for _, _, end in self._files[: max(0, self.mark.segment - 1)])
-        return whole + self.mark.offset
-
-    def pieces(self) -> Iterator[tuple[Place, Piece, Place]]:
-        """Yield (where it stands, what stands there, what is behind it) from the watermark on."""
-        number, offset = max(1, self.mark.segment), self.mark.offset
-        while number <= len(self._files):
-            fd, start, end = self._files[number - 1]
-            at = offset or start
-            if at >= end:
-                number, offset = number + 1, 0
-                continue
-            here = Place(number, at)
-            if self._piece is None or self._piece[0] != here:
-                self._piece = here, segment.read_piece(fd, at, end)
-            piece = self._piece[1]
-            offset = piece.end
-            yield here, piece, Place(number, offset)
-
-    def settle(self, mark: Watermark) -> None:
-        self.mark = mark
-
-    def is_drained(self) -> bool:
-        return self.waiting_bytes() == 0
-
-    def waiting_bytes(self) -> int:
-        return max(0, sum(end for _, _, end in self._files) - self.read_bytes)
-
-    def next_seq(self, session: bytes) -> int:
-        return self._sequences.next_seq(session)
-
-    def save_card(self) -> None:
-        """The card is the daemon's: here it is made anew each time."""
-
-    def _open(self, folder: Path) -> None:
-        numbers = segment.numbers_in(folder)
-        logged = self.logged[folder] = []
-        for index, number in enumerate(numbers):
-            fd = os.open(segment.path_of(folder, number), os.O_RDONLY | os.O_CLOEXEC)
-            end = os.fstat(fd).st_size
-            self._files.append((fd, start := segment.first_frame(fd, end), end))
-            self.bytes += end
-            if index == 0:
-                self._take_head(folder, fd)
-            self._count(fd, start, end, logged, is_last=index == len(numbers) - 1)
-
-    def _take_head(self, folder: Path, fd: int) -> None:
-        """The head of the oldest segment says what was settled before it."""
-        try:
-            head, _ = segment.read_head(fd)
-        except FormatError:
-            return
-        found = Sequences(head.sequences)
-        _add(self.before, found)
-        _add(self._sequences, found)
-        self.settled_records[folder] = head.accepted_records
-
-    def _count(
-        self, fd: int, start: int, end: int, logged: list[Artifact], *, is_last: bool
-    ) -> None:
-        at = start
-        while at < end:
-            piece = segment.read_piece(fd, at, end)
-            at = piece.end
-            logged += map(_artifact, filter(_is_artifact, piece.records))
-            if piece.header is not None and piece.whole:
-                header = piece.header
-                self.records += header.records
-                self._sequences.add(header.session, header.first_seq, header.next_seq)
-            elif is_last and piece.end >= end:
-                size = piece.end - piece.start
-                self.notes.append(f"torn tail: {size} bytes behind the last whole frame")
-            else:
-                size = piece.end - piece.start
-                self.notes.append(f"damaged: {size} bytes in a segment")
-
-
-def _is_artifact(record: bytes | None) -> bool:
-    """Told by its first two bytes; thousands of times as many are metrics."""
-    return record is not None and record[:2] == ARTIFACT_HEAD
-
-
-def _artifact(record: bytes) -> Artifact:
-    found = unpack_record(record)
-    assert isinstance(found, Artifact)
-    return found
-
-
 def find_runs(
     folders: Sequence[Path], *, experiment_name: str | None
 ) -> Iterator[SpoolRun | SourceError]:
@@ -325,13 +189,6 @@ def _mark(folder: Path) -> Watermark:
         return watermark.read(folder) or Watermark()
     except FormatError:
         return Watermark()
-
-
-def _add(seen: Sequences, more: Sequences) -> None:
-    for session, (next_seq, ahead) in more.save().items():
-        for low, high in [(0, next_seq), *ahead]:
-            if high > low:
-                seen.add(session, low, high)
 
 
 def _merged(found: Sequence[Card]) -> SyncCard:

@@ -17,14 +17,13 @@ from urllib.parse import quote, unquote, urlsplit
 from mlflow_relay_daemon.batch import METRICS_MAX, Points
 from mlflow_relay_daemon.importers.foreign import (
     Texts,
-    local_folder,
     make_card,
     make_texts,
     text_chunks,
 )
 from mlflow_relay_daemon.sinks import DatasetInput, Metric
 from mlflow_relay_daemon.sinks.redact import redact_uri
-from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_folder
+from mlflow_relay_daemon.sync.artifacts import Wanted, local_folder, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 MAGIC = b"SQLite format 3\0"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 from zlib import crc32
 
 from mlflow_relay.fingerprint import open_regular, sample_digest
@@ -84,6 +85,15 @@ def wanted_folder(folder: Path, notes: list[str]) -> Iterator[Wanted]:
                 yield wanted_file(file.relative_to(folder).as_posix(), file)
             except (OSError, ValueError) as error:
                 notes.append(f"artifact {file} was left out: {error}")
+
+
+def local_folder(artifact_uri: str) -> Path | None:
+    """Return the folder that an artifact URI names; None: it is none, or not on this machine."""
+    parts = urlsplit(artifact_uri)
+    if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
+        return None
+    folder = Path(unquote(parts.path))
+    return folder if folder.is_dir() else None
 
 
 def mark_of(size: int, digest: bytes) -> int:
