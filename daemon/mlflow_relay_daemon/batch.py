@@ -10,6 +10,7 @@ from mlflow_relay_daemon.sinks import Metric, Param, Tag
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
+ARTIFACT_LETTER = "artifact"  #: kind of a dead letter that is a file
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000

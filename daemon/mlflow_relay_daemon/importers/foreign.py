@@ -15,6 +15,7 @@ from zlib import crc32
 
 from mlflow_relay.records import Params, Tags, chunks
 from mlflow_relay_daemon.batch import PARAMS_MAX
+from mlflow_relay_daemon.lane.artifacts import WAITING_TAG
 from mlflow_relay_daemon.lane.destination import (
     LAST_LIFE_TAG,
     OWNER_TAG,
@@ -37,6 +38,7 @@ _FORK_PARAM = "config.training.fork_run_id"
 #: Of a relay, or of an earlier sync: about the server that the run is on, not about the run.
 _LOCAL_TAGS = (
     *(OWNER_TAG, NODE_TAG, LAST_LIFE_TAG, WAITS_FOR_TAG, WAITS_TAG, AWAITS_TAG, SYNCED_TAG),
+    WAITING_TAG,
     *(RUN_ID_TAG, SOURCE_TAG, NAME_TAG),
 )
 

@@ -24,13 +24,12 @@ from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.spool import NODE, RUNS, card_in_segments
+from mlflow_relay_daemon.spool.staging import NAME as STAGING
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
 from mlflow_relay_daemon.sync.artifacts import Wanted, wanted_record
 from mlflow_relay_daemon.sync.source import Size, SourceError, SyncCard
 from mlflow_relay_daemon.words import plural
-
-STAGING = "staging"  # of a spool: where ranks put what they log
 
 
 class Part(NamedTuple):
@@ -130,8 +129,8 @@ class SpoolRun:
         found: dict[str, Wanted] = {}
         for part in self.parts:
             staging = part.folder.parent.parent / STAGING
-            logged = Ledger(Disk(), part.folder).oldest_first()
-            for artifact in [each for _, each in logged] + self._reader.logged[part.folder]:
+            accepted = Ledger(Disk(), part.folder).waiting.values()
+            for artifact in [*accepted, *self._reader.logged[part.folder]]:
                 file = locate(artifact, self.card.run_id, staging)
                 found[artifact.path] = wanted_record(artifact, file)
         return list(found.values())

@@ -8,7 +8,15 @@ from typing import Any
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
-from mlflow_relay_daemon.batch import Batch, Entry, Objection, Points, fits_whole, split
+from mlflow_relay_daemon.batch import (
+    ARTIFACT_LETTER,
+    Batch,
+    Entry,
+    Objection,
+    Points,
+    fits_whole,
+    split,
+)
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -218,7 +226,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", "artifact") and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", ARTIFACT_LETTER) and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

@@ -29,6 +29,11 @@ SOURCE_TAG = "relay.source_run_id"
 class Artifacts(Protocol):
     """What is to be uploaded of a run."""
 
+    @property
+    def waiting(self) -> Mapping[int, Artifact]:
+        """Those that are not uploaded yet, by number."""
+        ...
+
     def accept(self, artifacts: Iterable[Artifact]) -> None:
         """Take them in; they are on the disk when this returns. Raises: OSError."""
         ...
@@ -77,12 +82,14 @@ class Destination:
 
     Args:
         node: this daemon's name, unique among all that serve the run.
+        artifact_wait_s: how long the end of the run waits for its artifacts.
     """
 
     run: Records
     sink: Sink
     breaker: Breaker
     node: str
+    artifact_wait_s: float = 0.0
 
     @property
     def card(self) -> Card:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from mlflow_relay.frames import Header
@@ -152,6 +153,8 @@ class ForeignRun:
 
 class NotHere:
     """Artifacts are brought apart from records: see sync.artifacts."""
+
+    waiting: Mapping[int, Artifact] = MappingProxyType({})
 
     def accept(self, artifacts: Iterable[Artifact]) -> None:
         """They are found again by whoever brings them."""
