@@ -119,7 +119,7 @@ def test_every_form_of_a_metric_line_is_read(tmp_path, mlflow_server):
     }
     store = write_mlruns(tmp_path / "mlruns", [run])
     (told,) = sync(store, "--tracking-uri", mlflow_server.uri)["runs"]
-    assert told["notes"] == ["metric bad: 1 lines cannot be read, and were left out"]
+    assert told["notes"] == ["metric bad: left out, cannot be read: 1 line"]
     points = mlflow_server.all_points(told["mlflow_run_id"])
     largest = 1.7976931348623157e308  # what MLflow keeps of an infinity
     assert [point for point in points if not math.isnan(point[1])] == [

@@ -121,6 +121,7 @@ def write_run(place: Path, run: Run) -> None:
             "tags": [],
         },
     )
+    (place / "artifacts").mkdir(exist_ok=True)
     for kind, texts in (("params", run.params), ("tags", run.tags)):
         for key, value in texts.items():
             _file(place / kind / key, value)
@@ -178,6 +179,7 @@ def write_spool(
     segment_bytes_max: int = 1 << 20,
     records_per_frame: int = 10,
     is_counted: bool = False,
+    first_step: int = 0,
 ) -> list[Point]:
     """Write a run into a spool as a daemon that was offline leaves it; return its points.
 
@@ -194,7 +196,7 @@ def write_spool(
         packed: list[bytes] = []
         seq = 0
         packer = records.MetricsPacker(key)
-        for step in range(points // 2):
+        for step in range(first_step, first_step + points // 2):
             at_ms = START_MS + step
             packed.append(packer.pack({"loss": step / 8, "lr": step / 16}, step, at_ms))
             if not is_counted:

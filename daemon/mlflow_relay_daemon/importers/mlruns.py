@@ -30,6 +30,7 @@ from mlflow_relay_daemon.sinks import DatasetInput, Metric
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.sync.artifacts import Wanted, local_folder, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
+from mlflow_relay_daemon.words import plural
 
 META = "meta.yaml"
 TRASH = ".trash"  # MLflow's folder for deleted experiments
@@ -107,7 +108,7 @@ class FileRun(ForeignRun):
                 else:
                     damaged += bool(line.strip())
         if damaged:
-            self._note(f"metric {key}: {damaged} lines cannot be read, and were left out")
+            self._note(f"metric {key}: left out, cannot be read: {plural(damaged, 'line')}")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -87,9 +87,10 @@ class Server:
     stores: Stores
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def patiently(self, step: Callable[[int], T]) -> T:
+    def patiently(self, step: Callable[[int], T], waits_max: int = WAITS_MAX) -> T:
         """Do a step until it is answered; it is told how often it failed.
 
+        Args:    waits_max: how often somebody else is waited for.
         Raises: SinkError: its last word; Stopped.
         """
         rng, waited = random.Random(), 0
@@ -100,7 +101,7 @@ class Server:
                 return step(failures - waited)
             except NotYet as error:
                 waited += 1
-                if waited > WAITS_MAX:
+                if waited > waits_max:
                     raise
                 self.stop.wait(error.retry_after_s or 2.0)
             except TryAgain:
@@ -198,8 +199,9 @@ class OneRun:
             creation = self._creation()
             wanted = self.card.itself()
             if wanted is not None:
+                # Who is waited for comes in this call, or in another one: see sync.engine.
                 found = self.server.patiently(
-                    lambda _: self._ask(lambda: creation.go_on_with(wanted))
+                    lambda _: self._ask(lambda: creation.go_on_with(wanted)), waits_max=0
                 )
             else:
                 found = self.server.patiently(lambda _: self._ask(creation.find_or_create))
