@@ -213,8 +213,10 @@ run.end()
 """
 
 
-def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(tmp_path, mlflow_server):
-    with Node(tmp_path / "node", mlflow_server.uri, settings={"offline": True}) as node:
+def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(
+    tmp_path, mlflow_server, mlflow_proxy
+):
+    with Node(tmp_path / "node", mlflow_proxy.uri, settings={"offline": True}) as node:
         node.start()
         rank = node.rank(_TRAINING, fresh_id())
         assert rank.stdout is not None
@@ -235,6 +237,7 @@ def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(tmp_pat
         assert [point[1] for point in points] == [step / 4 for step in range(400)]
         assert run.info.status == "FINISHED"
         assert node.stop() == 0
+        assert mlflow_proxy.requests() == 0  # offline is offline
         node._daemon_environ.pop("MLFLOW_RELAY_OFFLINE")
         node.start()
         told = node.wait_until_ended()

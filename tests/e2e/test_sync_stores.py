@@ -268,6 +268,7 @@ def test_artifacts_of_a_database_that_was_moved_are_found_beside_it_or_named(
 # ── a server ──
 
 
+@pytest.mark.timeout(300)  # it starts a second server
 def test_runs_of_another_server_arrive_with_the_links_between_them(tmp_path, mlflow_server):
     with MlflowServer(tmp_path / "source") as source:
         client = source.client()
@@ -292,6 +293,10 @@ def test_runs_of_another_server_arrive_with_the_links_between_them(tmp_path, mlf
         sync(*arguments)
         line = complaint(source.uri, "--tracking-uri", source.uri, code=64)
         assert "destination itself" in line
+        alias = source.uri.replace("127.0.0.1", "localhost")
+        told = sync(alias, "--tracking-uri", source.uri)["runs"]
+        assert [run["state"] for run in told] == ["skipped", "skipped"]
+        assert len(source.run_ids()) == 2
     parent, child = (only(mlflow_server, each) for each in ids)
     there = artifacts_of(mlflow_server, child.info.run_id, tmp_path / "there")
     assert there == {"deep/er/notes.txt": b"of run 1"}

@@ -22,14 +22,14 @@ from mlflow_relay_daemon.dead_letters import DeadLetter, as_letter
 from mlflow_relay_daemon.lane import waits
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
-from mlflow_relay_daemon.lane.destination import OWNER_TAG, RUN_ID_TAG, Destination
+from mlflow_relay_daemon.lane.destination import OWNER_TAG, RUN_ID_TAG, SOURCE_TAG, Destination
 from mlflow_relay_daemon.lane.ending import Ending as RelayEnding
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LineageParams, Links
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.retry import Breaker, Stopped, backoff_s
-from mlflow_relay_daemon.sinks import NotYet, RunInfo, Sink, Tag, TryAgain
+from mlflow_relay_daemon.sinks import NotYet, RunGone, RunInfo, Sink, Tag, TryAgain
 from mlflow_relay_daemon.states import RunState
 from mlflow_relay_daemon.sync.artifacts import bring
 from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Size, Source, SourceError
@@ -224,7 +224,20 @@ class OneRun:
         active = [run for run in found if run.lifecycle_stage == "active"]
         if found and not active:
             raise Skipped(f"it was deleted on the server (run {found[0].run_id})")
+        if not found and self._is_destination():
+            raise Skipped("the server has a run of this very id: it is the source itself")
         return next((run for run in active if OWNER_TAG in run.tags), None)
+
+    def _is_destination(self) -> bool:
+        """Return whether the server is the store that the run is from, under another address."""
+        source_id = self.card.tags.get(SOURCE_TAG)
+        if source_id is None:
+            return False
+        try:
+            self.server.sink.get_run(source_id)
+        except RunGone:
+            return False
+        return True
 
     def _creation(self) -> Creation:
         to = Destination(
