@@ -7,11 +7,14 @@ import random
 import shutil
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlflow_relay_daemon.spool.card import write
+from mlflow_relay_daemon.spool.disk import Disk
 from tests.support import MlflowServer
 from tests.support.lineage import FORK_PARAM, RUN_PARAMS, only, show
 from tests.support.relay import Node, wait_until
@@ -183,6 +186,34 @@ def test_spools_of_four_nodes_one_torn_are_one_run_with_exact_counts(tmp_path, m
     assert (run.info.status, run.info.end_time) == ("FINISHED", 1_795_000_060_000)
     assert fingerprint(tmp_path) == before
     assert sent(sync(tmp_path, "--tracking-uri", mlflow_server.uri)) == 0
+
+
+def test_a_job_may_have_more_nodes_than_a_request_may_have_tags(tmp_path, mlflow_server):
+    run_id, nodes, wanted = fresh_id(), 101, []
+    for node in range(nodes):
+        card = new_card(run_id, ranks=[node], world_size=nodes, node_count=nodes)
+        wanted += write_spool(tmp_path / f"node{node}", card, points=4)
+    assert sent(sync(tmp_path, "--tracking-uri", mlflow_server.uri)) == 4 * nodes
+    run, points = points_of(mlflow_server, run_id)
+    assert points == sorted(wanted, key=lambda point: (point[0], point[3]))
+    assert run.info.status == "FINISHED"
+    assert sent(sync(tmp_path, "--tracking-uri", mlflow_server.uri)) == 0
+
+
+def test_a_rank_that_comes_back_makes_a_synced_run_run_again(tmp_path, mlflow_server):
+    run_id = fresh_id()
+    card = new_card(run_id)
+    write_spool(tmp_path / "spool", card, points=4)
+    sync(tmp_path, "--tracking-uri", mlflow_server.uri)
+    assert only(mlflow_server, run_id).info.status == "FINISHED"
+    card.sessions["ab" * 16] = replace(next(iter(card.sessions.values())), closed=False)
+    write(Disk(), tmp_path / "spool" / "runs" / run_id, card)
+    sync(tmp_path, "--tracking-uri", mlflow_server.uri)
+    assert only(mlflow_server, run_id).info.status == "RUNNING"
+    card.sessions["ab" * 16].closed = True
+    write(Disk(), tmp_path / "spool" / "runs" / run_id, card)
+    sync(tmp_path, "--tracking-uri", mlflow_server.uri)
+    assert only(mlflow_server, run_id).info.status == "FAILED"
 
 
 def test_nodes_that_come_in_different_calls_are_one_run(tmp_path, mlflow_server):

@@ -61,7 +61,7 @@ def _run_object(outcome: Outcome) -> dict[str, Any]:
         "new": bool(one is not None and one.is_new),
         "records": outcome.size.records,
         "uploaded_files": one.uploaded_files if one is not None else 0,
-        "sent_points": one.sent.records if one is not None else 0,
+        "sent_points": one.sent_points if one is not None else 0,
         "refused": outcome.refused,
         "refusals": [
             {"kind": each.kind, "key": each.key, "step": each.step, "reason": each.reason}
@@ -97,7 +97,7 @@ def table_lines(outcomes: Sequence[Outcome], width: int | None) -> list[Text]:
             Cell(each.source.kind),
             Cell((each.source.card.mlflow_run_id or "-")[:8]),
             Cell(count_text(each.size.records)),
-            Cell(count_text(each.one.sent.records if each.one is not None else 0)),
+            Cell(count_text(each.one.sent_points if each.one is not None else 0)),
             Cell(each.state, styles.get(each.state, "")),
         ]
         for each in outcomes
@@ -112,7 +112,7 @@ def summary_lines(
     if dry_run:
         return [f"dry run: {plural(len(outcomes), 'run')} found, nothing was changed"]
     done = sum(each.state == "done" for each in outcomes)
-    sent = sum(each.one.sent.records for each in outcomes if each.one is not None)
+    sent = sum(each.one.sent_points for each in outcomes if each.one is not None)
     rate = f", {sent / took_s:,.0f} a second" if sent and took_s >= 1 else ""
     words = [f"{done} of {plural(len(outcomes), 'run')} there"]
     files = sum(each.one.uploaded_files for each in outcomes if each.one is not None)

@@ -22,7 +22,7 @@ from mlflow_relay_daemon.artifacts.source import NoSuchContent, NotReadable, Sou
 from mlflow_relay_daemon.artifacts.stores import Store
 from mlflow_relay_daemon.batch import Entry, Objection
 from mlflow_relay_daemon.dead_letters import Letters
-from mlflow_relay_daemon.sinks import Refused, SinkError, Temporary
+from mlflow_relay_daemon.sinks import Refused, ServerAway, SinkError, Temporary
 
 #: Of one file, before the run's other files are tried without it.
 TRIES = 3
@@ -124,6 +124,9 @@ def bring(
             now_ms = time.time_ns() // 1_000_000
             entry = Entry("artifact", each.path, each.path, now_ms, None)
             letters.add([Objection(entry, str(error))], now_ms)
+        except ServerAway as error:
+            failures.append(f"artifact {each.path}: {error}")
+            break  # nor will the next one go
         except (NotReadable, OSError, SinkError) as error:
             failures.append(f"artifact {each.path}: {error}")
             continue

@@ -8,7 +8,6 @@ Crash: at any line the next call finds by the tags of the run what this one has 
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 import time
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from mlflow_relay_daemon.artifacts.stores import Store, Stores
-from mlflow_relay_daemon.batch import Objection
+from mlflow_relay_daemon.batch import TAGS_MAX, Objection
 from mlflow_relay_daemon.dead_letters import DeadLetter, as_letter
 from mlflow_relay_daemon.lane import waits
 from mlflow_relay_daemon.lane.batches import Batches
@@ -32,7 +31,7 @@ from mlflow_relay_daemon.retry import Breaker, Stopped, backoff_s
 from mlflow_relay_daemon.sinks import NotYet, RunGone, RunInfo, Sink, Tag, TryAgain
 from mlflow_relay_daemon.states import RunState
 from mlflow_relay_daemon.sync.artifacts import bring
-from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Size, Source, SourceError
+from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Source, SourceError
 from mlflow_relay_daemon.sync.translation import RelativesOnly
 
 #: How often it is written down how far the run has come: what a kill makes us send again.
@@ -91,24 +90,23 @@ class Server:
         """Do a step until it is answered; it is told how often it failed.
 
         Args:    waits_max: how often somebody else is waited for.
-        Raises: SinkError: its last word; Stopped.
+        Raises:  SinkError: its last word; Stopped.
         """
-        rng, waited = random.Random(), 0
-        for failures in itertools.count():
-            if self.stop.is_set():
-                raise Stopped
+        rng, failures, waited = random.Random(), 0, 0
+        while not self.stop.is_set():
             try:
-                return step(failures - waited)
+                return step(failures)
             except NotYet as error:
                 waited += 1
                 if waited > waits_max:
                     raise
                 self.stop.wait(error.retry_after_s or 2.0)
             except TryAgain:
-                if failures - waited + 1 >= TRIES_MAX:
+                failures += 1
+                if failures >= TRIES_MAX:
                     raise
-                self.stop.wait(backoff_s(failures - waited + 1, rng))
-        raise AssertionError  # the count never ends
+                self.stop.wait(backoff_s(failures, rng))
+        raise Stopped
 
 
 class OneRun:
@@ -120,7 +118,7 @@ class OneRun:
         self.refusals = Refusals()
         self.info: RunInfo | None = None
         self.is_new = False  #: this call made the MLflow run
-        self.sent = Size()  #: what this call has delivered: points, and records in place of bytes
+        self.sent_points = 0  #: by this call
         self.uploaded_files = self.uploaded_bytes = 0
         self._links: Links | None = None
         self._to: Destination | None = None
@@ -143,7 +141,7 @@ class OneRun:
         batches = Batches(to, self.refusals, translation)
         self._progress_s = time.monotonic()
         while server.patiently(batches.deliver_next):
-            self.sent = Size(to.run.mark.delivered_points, to.run.mark.delivered_records)
+            self.sent_points = to.run.mark.delivered_points
             if time.monotonic() - self._progress_s >= PROGRESS_EVERY_S:
                 self._save_progress()
         server.patiently(lambda _: self._tell_inputs())
@@ -295,6 +293,9 @@ class OneRun:
             told = [card.status, card.end_ms, card.end_reason, card.told_sessions]
             self.source.told_end = told
         else:
+            if self.card.state is RunState.ENDED:  # a rank has come back
+                RelayEnding(to).reopen()
+                self.source.told_end = None
             self.source.notes.append("not ended: a rank lives, or nobody has seen it end")
 
     def _tell_foreign_end(self, source: ForeignRun, to: Destination) -> None:
@@ -316,7 +317,9 @@ class OneRun:
             wanted += progress.tags(name)
         if self.source.uploaded:
             wanted += Progress(self.source.uploaded).tags(ARTIFACTS_NAME)
-        self._to.set_tags([tag for tag in wanted if self.info.tags.get(tag[0]) != tag[1]])
+        news = [tag for tag in wanted if self.info.tags.get(tag[0]) != tag[1]]
+        for at in range(0, len(news), TAGS_MAX):  # a job may have more nodes
+            self._to.set_tags(news[at : at + TAGS_MAX])
         self._note(wanted)
         self._progress_s = time.monotonic()
 
