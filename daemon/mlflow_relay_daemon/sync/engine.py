@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mlflow_relay_daemon.lane import waits
 from mlflow_relay_daemon.lane.destination import SOURCE_TAG
 from mlflow_relay_daemon.retry import Stopped
-from mlflow_relay_daemon.sinks import NotYet, RunGone, SinkError
+from mlflow_relay_daemon.sinks import NotYet, SinkError
 from mlflow_relay_daemon.sync.late_links import tell_waiting
 from mlflow_relay_daemon.sync.one_run import OneRun, Server, Skipped
 from mlflow_relay_daemon.sync.source import Size, Source, SourceError
@@ -108,8 +108,8 @@ class Engine:
         for thread in threads:
             thread.start()
         try:
-            while any(thread.is_alive() for thread in threads):
-                threads[0].join(POLL_S) if threads[0].is_alive() else time.sleep(POLL_S)
+            while threads := [thread for thread in threads if thread.is_alive()]:
+                threads[0].join(POLL_S)
                 report()
                 self._look_at_server()
         except BaseException:
@@ -149,8 +149,6 @@ class Engine:
             outcome.state, outcome.error = "late", str(error)
         except Stopped:
             outcome.state, outcome.error = "failed", self.gave_up
-        except RunGone as error:
-            outcome.state, outcome.error = "failed", f"{error}: restore it there"
         except (SinkError, SourceError) as error:
             outcome.state, outcome.error = "failed", str(error)
         except OSError as error:
