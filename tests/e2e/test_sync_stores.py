@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import sqlite3
@@ -425,3 +427,22 @@ def test_without_a_terminal_there_is_a_table_and_no_bar(tmp_path, mlflow_server)
     assert re.match(r"RUN +NAME +EXPERIMENT +FROM +MLFLOW RUN +THERE +SENT +STATE\n", output)
     assert "1 of 1 run there; 10 points sent" in output
     assert errors == ""
+
+
+def test_on_a_terminal_there_is_a_bar(tmp_path, mlflow_server):
+    store = write_mlruns(tmp_path / "mlruns", [anemoi_run(3000)])
+    terminal, stderr = pty.openpty()
+    call = subprocess.Popen(
+        [sys.executable, "-m", "mlflow_relay_daemon", "sync", str(store)],
+        env={**os.environ, "MLFLOW_TRACKING_URI": mlflow_server.uri, "COLUMNS": "120"},
+        stdout=subprocess.DEVNULL, stderr=stderr,
+    )  # fmt: skip
+    os.close(stderr)
+    shown = b""
+    with contextlib.suppress(OSError):  # the end of a pty is EIO
+        while block := os.read(terminal, 65536):
+            shown += block
+    os.close(terminal)
+    assert call.wait(60) == 0
+    assert re.search(rb"syncing .*3000/3000", shown)
+    assert b"0/1 runs" in shown

@@ -64,6 +64,15 @@ class FileRun(ForeignRun):
                     size.bytes += len(block)
         return size
 
+    def done(self) -> Size:
+        """Return how much of it the server has by now."""
+        size = super().done()
+        if self.feed is not None:
+            size.bytes = sum(
+                upto for key, upto in self.feed.seen.items() if not key.startswith("#")
+            )
+        return size
+
     def chunks(self, seen: Mapping[str, int]) -> Iterator[Chunk]:
         """Yield params and tags, then each metric from the byte on up to which it was seen."""
         yield from text_chunks(self.texts, self.card.start_ms, seen)
