@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as plotly
 import pytest
 import yaml
 
@@ -211,7 +212,6 @@ def test_a_figure_of_matplotlib_or_plotly(run, daemon):
     figure.subplots().plot([1, 2])
     run.log_figure(figure, "a.png")
     run.log_figure(figure, "a.svg", save_kwargs={"dpi": 50})
-    plotly = pytest.importorskip("plotly.graph_objects")
     run.log_figure(plotly.Figure(), "p.html")
     with pytest.raises(TypeError, match="plotly"):
         run.log_figure(plotly.Figure(), "p.txt")
