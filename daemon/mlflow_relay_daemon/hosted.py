@@ -148,7 +148,7 @@ class Runs:
         """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
-                hosted.run.return_space()
+                hosted.run.return_space(is_needed=self.is_full)
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -835,6 +836,26 @@ def test_a_frame_that_was_torn_and_came_again_whole_is_delivered_whole(new_life,
     run = sink.only_run()
     assert points_in(run) == points_of(*range(20))
     assert "relay.damaged_records" not in run.tags
+
+
+def test_a_frame_of_a_later_release_blocks_its_run_in_words_and_is_kept(new_life, sink):
+    life = new_life()
+    life.append(frame_of_metrics(0, 10))
+    life.close()
+    path = segment.path_of(life.run.folder, 1)
+    data = path.read_bytes()
+    whole = len(frame_of_metrics(0, 10)[1])
+    before, later = data[:-whole], bytearray(data[-whole:])
+    later[3] = 2
+    later[36:40] = crc32(later[40:], crc32(later[:36])).to_bytes(4, "little")
+    life = new_life()
+    life.append(frame_of_metrics(10, 10))  # so that recovery has no need to read the other
+    path.write_bytes(before + later)
+
+    assert life.work() == BLOCKED_RETRY_S
+    assert life.lane.is_blocked
+    assert "version 2; this release reads version 1" in life.lane.last_error
+    assert path.read_bytes() == before + later
 
 
 # ── the threads ──
