@@ -17,11 +17,15 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
+from mlflow_relay_daemon.states import RunState
 
 log = logging.getLogger(__name__)
 
 #: A segment that is delivered is given up for a new one beyond this size, to return its space.
 RETURN_BYTES_MIN = 1 << 20
+
+#: A frame as it came, and what its header says.
+Arrival = tuple[Header, bytes | memoryview]
 
 
 class Place(NamedTuple):
@@ -63,7 +67,7 @@ class RunSpool:
 
     # ── intake ──
 
-    def append(self, arrivals: Sequence[tuple[Header, bytes]]) -> None:
+    def append(self, arrivals: Sequence[Arrival]) -> None:
         """Append frames; they are on the disk when this returns.
 
         Raises: OSError: no frame of these counts; the next call begins a new file.
@@ -76,9 +80,8 @@ class RunSpool:
             writer = None
         if writer is None:
             writer = self._begin_segment()
-        data = b"".join([frame for _, frame in arrivals])
         try:
-            writer.append(data)
+            writer.append([frame for _, frame in arrivals])
         except OSError:
             if (
                 writer.synced == writer.start
@@ -287,6 +290,10 @@ class RunSpool:
             # Frames that were written and not synced are about to be acknowledged.
             self._disk.sync(fd)
         self.accepted_records = max(self.accepted_records, self.mark.settled_records)
+        if self.card.state is not RunState.ENDED:  # then it is counted, and the segments are gone
+            for name, session in self.card.sessions.items():
+                # What was acknowledged, and is cut off the newest segment: it will not come again.
+                self.sequences.give_up(bytes.fromhex(name), session.next_seq)
 
     # ── files ──
 
