@@ -533,7 +533,7 @@ NOISE: dict[str, list[bytes]] = {
     "cut frame": [DATA, FRAME[:-1]],
     "frame and more": [DATA, FRAME + b"\0"],
     "damaged frame": [DATA, FRAME[:-1] + b"\xff"],
-    "frame of a later release": [DATA, FRAME[:3] + b"\2" + FRAME[4:]],
+    "frame of a later release": [DATA, FRAME[:3] + b"\3" + FRAME[4:]],
     "frame that says it is huge": [DATA, FRAME[:32] + b"\xff\xff\xff\xff" + FRAME[36:]],
     "short session": [ALIVE, b"short"],
     "short detach": [DETACH, b"short"],
