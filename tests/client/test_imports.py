@@ -23,13 +23,13 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service", "api"],
+    ["service", "api", "importers", "sync"],
     [
         *("intake", "adoption", "control", "status", "hosted", "delivery", "lane", "sidecar"),
         "artifacts",
     ],
     ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool", "lease"],
-    ["states", "config", "control_client"],
+    ["states", "config", "control_client", "journal_folder"],
     ["setting", "counters"],
     ["exits", "logs", "witness", "words"],
 ]

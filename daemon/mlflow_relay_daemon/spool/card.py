@@ -35,6 +35,7 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    next_seq: int = 0  #: how many records it had, known when it was closed
     is_own: bool = False  #: the daemon's, for what comes over HTTP: it has no journal
 
 
