@@ -18,8 +18,10 @@ from mlflow_relay import journal_files
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay.frames import read_frame
 from mlflow_relay.journal_files import BASE_SUFFIX, ENTRIES_SUFFIX
+from mlflow_relay_daemon.access import NotYours
 from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.foreign import open_foreign, read_foreign, read_open
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.spool.disk import try_lock
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
@@ -39,6 +41,7 @@ class Watched:
     """A journal, and what its rank says of it."""
 
     fd: int
+    uid: int  #: whose it is, as the file system says
     next_seq: int = 0  #: accepted by the rank
     lost: int = 0
 
@@ -77,6 +80,8 @@ class Watcher:
             try:
                 if self._is_dead(session, path) and self._adopt(session, path, now_s):
                     over.append(session)
+            except NotYours as error:
+                self._put_aside(session, path, error)
             except (FormatError, RunLeftAlone, OSError) as error:
                 self._trouble(path, error)
         self.is_behind = False
@@ -154,10 +159,10 @@ class Watcher:
         watched = self._watched.get(session)
         if watched is None:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                fd = open_foreign(path, os.O_RDWR)
             except FileNotFoundError:
                 return False  # removed by its rank just now
-            watched = self._watched[session] = Watched(fd)
+            watched = self._watched[session] = Watched(fd, os.fstat(fd).st_uid)
         counters = os.pread(watched.fd, journal_files.CARD_AT, 0)
         if len(counters) == journal_files.CARD_AT:
             watched.next_seq, _, watched.lost = journal_files.read_counters(counters)
@@ -185,11 +190,10 @@ class Watcher:
             records that come twice are known by their sequence numbers.
         """
         hosted = self._identify(session)
-        entries = _in_order(self._folder.glob(f"{session.hex()}.*{ENTRIES_SUFFIX}"))
         if hosted is None:
-            for each in (path, *entries):
-                self._runs.spool.quarantine(each, "nobody can tell whose it is")
+            self._put_aside(session, path, "nobody can tell whose it is")
             return True
+        entries = _in_order(self._entries(session), self._watched[session].uid)
         for each in entries:
             if time.monotonic() - since_s > LOOK_BUDGET_S:
                 return False
@@ -200,12 +204,24 @@ class Watcher:
         path.unlink(missing_ok=True)
         return True
 
+    def _entries(self, session: bytes) -> list[Path]:
+        return list(self._folder.glob(f"{session.hex()}.*{ENTRIES_SUFFIX}"))
+
+    def _put_aside(self, session: bytes, path: Path, why: object) -> None:
+        for each in (path, *sorted(self._entries(session))):
+            self._runs.spool.quarantine(each, why)
+
     def _identify(self, session: bytes) -> Hosted | None:
-        """Return the run of a dead session: known from its life, or by its journal's card."""
+        """Return the run of a dead session: known from its life, or by its journal's card.
+
+        Raises: NotYours: the journal is not of the user whose run it names.
+        """
         known = self._runs.find_session(session)
         watched = self._watched[session]
+        if known is not None and not self._runs.access.may(watched.uid, known.owner):
+            raise NotYours(f"a journal of uid {watched.uid} for another user's run")
         try:
-            base = journal_files.read_base(_read_all(watched.fd))
+            base = journal_files.read_base(read_open(watched.fd, watched.uid))
             attachment = read_attachment(base.card)
             if attachment.session != session:
                 raise FormatError("the card of another session")
@@ -216,12 +232,14 @@ class Watcher:
             return known
         watched.lost = base.lost
         # What was acknowledged before is in a spool, though perhaps not in this one.
-        return known or self._runs.attach(replace(attachment, first_seq=base.acked))
+        return known or self._runs.attach(replace(attachment, first_seq=base.acked), watched.uid)
 
     def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
         try:
             salvage = journal_files.salvage_entries(
-                path.read_bytes(), session, hosted.run.next_seq(session)
+                read_foreign(path, self._watched[session].uid),
+                session,
+                hosted.run.next_seq(session),
             )
         except VersionError:
             raise
@@ -236,29 +254,28 @@ class Watcher:
         path.unlink(missing_ok=True)
 
 
-def _in_order(paths: Iterable[Path]) -> list[Path]:
+def _in_order(paths: Iterable[Path], uid: int) -> list[Path]:
     """Return entries files in the order of their records; spares, and what cannot be read, last.
 
     Not by name: a file that was made in a hurry may have been used before one with a lower number.
     """
 
     def place(path: Path) -> tuple[bool, int, str]:
-        with path.open("rb") as file:
-            first_seq = journal_files.first_seq_of(file.read(journal_files.ENTRIES_AT))
+        try:
+            head = read_foreign(path, uid, journal_files.ENTRIES_AT)
+        except FormatError:
+            return True, 0, path.name
+        first_seq = journal_files.first_seq_of(head)
         return first_seq is None, first_seq or 0, path.name
 
     return sorted(paths, key=place)
-
-
-def _read_all(fd: int) -> bytes:
-    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 def _remove_unfinished(path: Path) -> None:
     """Remove what a rank left that was killed as it made its journal, or as it removed it: before
     it could accept anything, or after all was acknowledged."""
     try:
-        if time.time() - path.stat().st_mtime > UNFINISHED_AGE_S:
+        if time.time() - path.lstat().st_mtime > UNFINISHED_AGE_S:
             path.unlink(missing_ok=True)
     except FileNotFoundError:
         pass  # finished meanwhile

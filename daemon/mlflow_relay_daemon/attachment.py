@@ -16,6 +16,8 @@ from mlflow_relay.messages import SESSION_BYTES, TEXT_CHARS_MAX, unpack_map
 from mlflow_relay_daemon.spool.card import Card, Link, SessionCard
 
 TAGS_MAX = 100
+#: It stands in the run's card, and in the head of each segment.
+ATTACHMENT_BYTES_MAX = 1 << 20
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -76,6 +78,8 @@ def read_attachment(payload: bytes) -> Attachment:
     Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
     """
     session = unpack_session(payload)
+    if len(payload) > ATTACHMENT_BYTES_MAX:
+        raise FormatError(f"an attachment of {len(payload)} bytes; at most {ATTACHMENT_BYTES_MAX}")
     fields = {"node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
     fields |= unpack_map(payload)
     tags = _of_type(fields, "tags", dict)

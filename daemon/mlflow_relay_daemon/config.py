@@ -82,6 +82,13 @@ class Config:
         metadata=_setting("path", "Unix socket at which ranks and commands meet the daemon.",
                           flag="--socket"),
     )  # fmt: skip
+    group: str | None = field(
+        default=None,
+        metadata=_setting(
+            "group", "Group whose members share this daemon, each with runs of his own; none: it "
+            "is for its own user alone.", flag="--group", optional=True,
+        ),
+    )  # fmt: skip
     tracking_uri: str = field(
         default_factory=default_tracking_uri,
         repr=False,  # may hold a password, and a repr ends up in tracebacks and logs

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mlflow_relay_daemon.access import RUNS_PER_USER_MAX, Access, NotYours, private_access
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
@@ -30,12 +31,18 @@ class Hosted:
     letters: DeadLetters
     lane: Lane | None  #: None: this daemon is offline
 
+    @property
+    def owner(self) -> int | None:
+        """The uid of the user whose run it is; None: the daemon's own."""
+        return self.run.card.uid
+
 
 class Runs:
     """All runs; finds or makes what a session asks for.
 
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
+        access: None: of one user.
     """
 
     def __init__(
@@ -45,21 +52,26 @@ class Runs:
         breaker: Breaker | None,
         delivery: Delivery | None,
         lineage_params: LineageParams | None = None,
+        *,
+        access: Access | None = None,
     ) -> None:
         self._lineage_params = lineage_params or LineageParams()
+        self.access = access or private_access()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
         for run in spool.runs.values():
             self._host(run)
 
-    def attach(self, attachment: Attachment) -> Hosted:
+    def attach(self, attachment: Attachment, uid: int | None = None) -> Hosted:
         """Return the run of a session that attaches; run and session are on the disk.
 
-        Raises: OSError: they are not.
+        Args: uid: of the session's process; None: not told.
+        Raises: OSError: they are not; NotYours: the run is another user's.
         """
+        self._check_owner(attachment, uid)
         hosted = self.by_id.get(attachment.run_id)
         if hosted is None:
-            hosted = self._host(self.spool.open_run(attachment.new_card()))
+            hosted = self._host(self.spool.open_run(replace(attachment.new_card(), uid=uid)))
         run, name = hosted.run, attachment.session.hex()
         with run.lock:
             known = run.card.sessions.get(name)
@@ -85,6 +97,31 @@ class Runs:
         run.skip_to(attachment.session, attachment.first_seq)
         self.notify(hosted)
         return hosted
+
+    def of_user(self, uid: int | None) -> list[Hosted]:
+        """Return the runs that this user may see."""
+        return [each for each in list(self.by_id.values()) if self.access.may(uid, each.owner)]
+
+    def _check_owner(self, attachment: Attachment, uid: int | None) -> None:
+        """Raises: NotYours: the session would write to a run of another user."""
+        if self.access.is_admin(uid):
+            return
+        if uid is None:
+            raise NotYours("this daemon serves several users, and cannot tell which one asks")
+        written = {attachment.run_id}
+        if attachment.resume_mode == "same":
+            written.add(attachment.resume)
+        count = 0
+        for each in list(self.by_id.values()):
+            is_meant = not written.isdisjoint((each.run.card.run_id, each.run.card.mlflow_run_id))
+            if is_meant and not self.access.may(uid, each.owner):
+                raise NotYours(
+                    "this run is another user's at this daemon: choose another run key, or resume "
+                    "it as a child"
+                )
+            count += each.owner == uid and not each.run.card.is_over
+        if attachment.run_id not in self.by_id and count >= RUNS_PER_USER_MAX:
+            raise NotYours(f"uid {uid} has {count} runs here that have not ended")
 
     def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
         """The session is over, all that it had is in the spool.

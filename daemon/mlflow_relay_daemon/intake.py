@@ -16,6 +16,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 
@@ -23,6 +24,13 @@ from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import Header, read_frame
 from mlflow_relay.paths import private_dir
+from mlflow_relay_daemon.access import (
+    SESSIONS_PER_USER_MAX,
+    Access,
+    NotYours,
+    peer_uid,
+    private_access,
+)
 from mlflow_relay_daemon.attachment import read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
@@ -35,11 +43,19 @@ log = logging.getLogger(__name__)
 FULL_PAUSE_S = 0.5
 
 
+class Message(NamedTuple):
+    """What came, and from whom."""
+
+    uid: int | None
+    parts: list[bytes]
+
+
 @dataclass
 class LiveSession:
     """A session that is attached."""
 
     peer: bytes  #: its ZeroMQ routing id; a session is who attached it last
+    uid: int | None  #: a routing id may be taken over by the next who connects, a uid may not
     hosted: Hosted
     heard_s: float
 
@@ -50,6 +66,8 @@ class Intake:
     Args:
         socket_path: made here, for this user alone.
         group_bytes_max: bytes that share one fdatasync, at most.
+        access: None: of one user.
+        gid: of the group whose members may connect, too.
     """
 
     def __init__(
@@ -59,7 +77,11 @@ class Intake:
         control: Control,
         counters: Counters,
         group_bytes_max: int,
+        *,
+        access: Access | None = None,
+        gid: int | None = None,
     ) -> None:
+        self._access, self._gid = access or private_access(), gid
         self._runs, self._control, self._counters = runs, control, counters
         self._group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
@@ -115,8 +137,14 @@ class Intake:
 
     def _bind(self) -> None:
         self._endpoint = f"ipc://{self._path}"
-        self._socket.bind(self._endpoint)
-        os.chmod(self._path, 0o600)
+        before = os.umask(0o177)  # nobody else may connect before the next lines have been run
+        try:
+            self._socket.bind(self._endpoint)
+        finally:
+            os.umask(before)
+        if self._gid is not None:
+            os.chown(self._path, -1, self._gid)
+            os.chmod(self._path, 0o660)
 
     def forget(self, session: bytes) -> None:
         """The session is over."""
@@ -129,31 +157,32 @@ class Intake:
 
     # ── in ──
 
-    def _receive_group(self) -> list[list[bytes]]:
+    def _receive_group(self) -> list[Message]:
         """Return the messages that are there, up to a group's size."""
-        group: list[list[bytes]] = []
+        group: list[Message] = []
         size = 0
         while size < self._group_bytes_max:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break  # all is received
-            group.append(parts)
+            parts = [frame.bytes for frame in frames]
+            group.append(Message(peer_uid(frames[0]), parts))
             size += sum(map(len, parts))
         return group
 
-    def _serve(self, group: list[list[bytes]]) -> None:
+    def _serve(self, group: list[Message]) -> None:
         arrivals: dict[bytes, list[tuple[Header, bytes]]] = {}
-        for parts in group:
+        for uid, parts in group:
             try:
                 peer, kind, payload = parts
                 if kind == messages.DATA:
-                    self._sort(peer, payload, arrivals)
+                    self._sort(peer, uid, payload, arrivals)
                 else:
                     # What came before in this group is on the disk before anything is answered.
                     self._keep(arrivals)
-                    self._answer(peer, kind, payload)
-            except (FormatError, ValueError) as error:
+                    self._answer(peer, uid, kind, payload)
+            except (FormatError, NotYours, ValueError) as error:
                 self._counters.count("bad_messages", error)
             except Exception as error:
                 # One peer's message, whatever it does to us, must not end the service of the rest.
@@ -162,12 +191,16 @@ class Intake:
         self._keep(arrivals)
 
     def _sort(
-        self, peer: bytes, payload: bytes, arrivals: dict[bytes, list[tuple[Header, bytes]]]
+        self,
+        peer: bytes,
+        uid: int | None,
+        payload: bytes,
+        arrivals: dict[bytes, list[tuple[Header, bytes]]],
     ) -> None:
         """Put a frame with those of its session, if it is the one that comes next."""
         header = read_frame(payload)
-        session = self.sessions.get(header.session)
-        if session is None or session.peer != peer:
+        session = self._session_of(peer, uid, header.session)
+        if session is None:
             self._send(peer, messages.UNKNOWN, header.session)
             return
         session.heard_s = time.monotonic()
@@ -226,36 +259,44 @@ class Intake:
 
     # ── answer ──
 
-    def _answer(self, peer: bytes, kind: bytes, payload: bytes) -> None:
+    def _session_of(self, peer: bytes, uid: int | None, name: bytes) -> LiveSession | None:
+        """Return the session if it is this peer's."""
+        session = self.sessions.get(name)
+        if session is None or session.peer != peer or session.uid != uid:
+            return None
+        return session
+
+    def _answer(self, peer: bytes, uid: int | None, kind: bytes, payload: bytes) -> None:
         if kind == messages.ATTACH:
-            self._attach(peer, payload)
+            self._attach(peer, uid, payload)
         elif kind == messages.DETACH:
-            self._detach(peer, *messages.unpack_detach(payload))
+            self._detach(peer, uid, *messages.unpack_detach(payload))
         elif kind == messages.ALIVE:
-            session = self.sessions.get(payload)
-            if session is None or session.peer != peer:
+            session = self._session_of(peer, uid, payload)
+            if session is None:
                 self._send(peer, messages.UNKNOWN, payload)
             else:
                 session.heard_s = time.monotonic()
         elif kind == messages.CONTROL:
-            reply = self._control.answer(peer, payload)
+            reply = self._control.answer(peer, payload, uid)
             if reply is not None:
                 self._send(peer, messages.REPLY, reply)
         else:
             raise FormatError(f"message of unknown kind {kind[:8]!r}")
 
-    def _attach(self, peer: bytes, payload: bytes) -> None:
+    def _attach(self, peer: bytes, uid: int | None, payload: bytes) -> None:
         try:
             attachment = read_attachment(payload)
-            hosted = self._runs.attach(attachment)
-        except (FormatError, RunLeftAlone) as error:
+            self._check_session(attachment.session, uid)
+            hosted = self._runs.attach(attachment, uid)
+        except (FormatError, RunLeftAlone, NotYours) as error:
             self._refuse(peer, payload, error)
             raise
         except OSError as error:
             self._note_full("no session attached", error)
             return  # it asks again
         name = attachment.session
-        self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
+        self.sessions[name] = LiveSession(peer, uid, hosted, time.monotonic())
         mlflow_run_id = hosted.run.card.mlflow_run_id
         if mlflow_run_id is None:
             self._untold.add(name)
@@ -266,6 +307,17 @@ class Intake:
         }
         self._send(peer, messages.ATTACHED, messages.pack_map(fields))
 
+    def _check_session(self, name: bytes, uid: int | None) -> None:
+        """Raises: NotYours: it is another user's session, or this user has too many."""
+        known = self.sessions.get(name)
+        if known is not None and known.uid != uid:
+            raise NotYours("this session is another user's")
+        count = sum(each.uid == uid for each in self.sessions.values())
+        if known is None and count >= SESSIONS_PER_USER_MAX:
+            raise NotYours(
+                f"uid {uid} has {count} sessions at this daemon: wait until some have ended"
+            )
+
     def _refuse(self, peer: bytes, payload: bytes, error: Exception) -> None:
         """Tell a session why it is not taken, if it can be made out who asks."""
         try:
@@ -275,12 +327,12 @@ class Intake:
         fields = {"session": session, "error": str(error)}
         self._send(peer, messages.REFUSED, messages.pack_map(fields))
 
-    def _detach(self, peer: bytes, name: bytes, lost: int) -> None:
-        session = self.sessions.get(name)
-        if session is None and self._is_closed(name):
+    def _detach(self, peer: bytes, uid: int | None, name: bytes, lost: int) -> None:
+        session = self._session_of(peer, uid, name)
+        if name not in self.sessions and self._is_closed(name):
             self._send(peer, messages.DETACHED, name)  # the answer was lost
             return
-        if session is None or session.peer != peer:
+        if session is None:
             self._send(peer, messages.UNKNOWN, name)
             return
         try:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
-from mlflow_relay.paths import journal_dir, private_dir
+from mlflow_relay.paths import journal_dir, private_dir, share_runtime_dir
+from mlflow_relay_daemon.access import Access, gid_of
 from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
@@ -93,11 +94,23 @@ class Service:
             )
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
-        self.runs = self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
+        gid = gid_of(config.group)
+        access = Access(os.getuid(), is_shared=gid is not None)
+        self.runs = self._runs = Runs(
+            self._spool, sink, breaker, self._delivery, names, access=access
+        )
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
-        self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
+        self._intake = Intake(
+            config.socket,
+            self._runs,
+            control,
+            counters,
+            config.group_bytes_max,
+            access=access,
+            gid=gid,
+        )
         control.answer_later = self._intake.answer_later
         self._http = self._open_http()
 
@@ -276,6 +289,9 @@ def _lock_runtime_folder(config: Config) -> int:
     share the journals beside them."""
     try:
         private_dir(config.socket.parent)
+        gid = gid_of(config.group)
+        if gid is not None:
+            share_runtime_dir(config.socket, gid)
         lock = lock_file(config.socket.parent / RUNTIME_LOCK)
     except (RelayError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)

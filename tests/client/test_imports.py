@@ -25,9 +25,19 @@ FLOORS = [
     ["__main__", "cli", "commands", "demo"],
     ["service", "api"],
     ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "sidecar"],
-    ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool", "lease"],
+    [
+        "attachment",
+        "dead_letters",
+        "bisect_refusal",
+        "batch",
+        "retry",
+        "sinks",
+        "spool",
+        "lease",
+        "foreign",
+    ],
     ["states", "config", "control_client"],
-    ["setting", "counters"],
+    ["setting", "counters", "access"],
     ["exits", "logs", "witness", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.

@@ -205,7 +205,7 @@ def test_what_comes_together_shares_one_fsync_for_each_run(daemon):
         rank.hear_ack(bytes([index]) * 16)
     daemon.disk.asked.clear()
     group = [
-        [rank.socket.routing_id or peer_of(daemon, index), DATA, frame]
+        (os.getuid(), [rank.socket.routing_id or peer_of(daemon, index), DATA, frame])
         for index, rank in enumerate(ranks)
         for frame in frames_of(bytes([index]) * 16)
     ]

@@ -19,6 +19,8 @@ from mlflow_relay_daemon.spool.watermark import Watermark
 #: From so many failures of one request on, while the server answers others, the request itself is
 #: under suspicion.
 FAILURES_SUSPECT = 8
+#: Keys of one run whose value or refusal is remembered; MLflow judges the rest anew each time.
+KEYS_REMEMBERED_MAX = 100_000
 
 
 class Batches:
@@ -149,7 +151,8 @@ class Batches:
             if not is_suspect:
                 raise
             self._deliver_apart(batch, (Refused, TryAgain))
-        self._known_params.update(batch.params)
+        if len(self._known_params) < KEYS_REMEMBERED_MAX:
+            self._known_params.update(batch.params)
 
     def _deliver_apart(self, batch: Batch, refusals: tuple[type[SinkError], ...]) -> None:
         # The witness is a tag that the run has already: if even that fails, it is the server that
@@ -159,7 +162,8 @@ class Batches:
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
-            if objection.entry.kind == "metric" and objection.is_refusal:
+            is_name = objection.entry.kind == "metric" and objection.is_refusal
+            if is_name and len(self._refused_keys) < KEYS_REMEMBERED_MAX:
                 self._refused_keys[objection.entry.key] = objection
         batch.refuse(guilty)
 

@@ -56,6 +56,7 @@ class Card:
     start_ms: int
     world_size: int
     tags: dict[str, str]  #: of the rank that came first: user, command, commit, ...
+    uid: int | None = None  #: of the user whose run it is; None: the daemon's own
     is_named: bool = False  #: by the user; else it takes its parent's name, or MLflow's
     node_count: int = 0  #: 0: not told
     resume_mode: str = "child"
