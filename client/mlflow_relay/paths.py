@@ -72,10 +72,17 @@ def share_runtime_dir(socket: Path, gid: int) -> None:
     Raises: OSError.
     """
     journals = journal_dir(socket)
-    os.chmod(socket.parent, SHARED_FOLDER_MODE)
     journals.mkdir(mode=0o700, exist_ok=True)
-    os.chown(journals, -1, gid)
-    os.chmod(journals, SHARED_JOURNALS_MODE)
+    # A hardened unit may do neither, and finds all as its tmpfiles made it.
+    _set_mode(socket.parent, SHARED_FOLDER_MODE)
+    if journals.stat().st_gid != gid:
+        os.chown(journals, -1, gid)
+    _set_mode(journals, SHARED_JOURNALS_MODE)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        os.chmod(path, mode)
 
 
 def is_shared(socket: Path) -> bool:

@@ -83,7 +83,7 @@ class Intake:
     ) -> None:
         self._access, self._gid = access or private_access(), gid
         self._runs, self._control, self._counters = runs, control, counters
-        self._group_bytes_max = group_bytes_max
+        self.group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
         self._untold: set[bytes] = set()  # sessions that do not know their MLflow run id yet
         self.is_full = False
@@ -143,7 +143,8 @@ class Intake:
         finally:
             os.umask(before)
         if self._gid is not None:
-            os.chown(self._path, -1, self._gid)
+            if self._path.stat().st_gid != self._gid:
+                os.chown(self._path, -1, self._gid)
             os.chmod(self._path, 0o660)
 
     def forget(self, session: bytes) -> None:
@@ -161,7 +162,7 @@ class Intake:
         """Return the messages that are there, up to a group's size."""
         group: list[Message] = []
         size = 0
-        while size < self._group_bytes_max:
+        while size < self.group_bytes_max:
             try:
                 frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:

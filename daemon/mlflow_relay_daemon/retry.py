@@ -80,7 +80,7 @@ class Breaker:
         rng: random.Random | None = None,
     ) -> None:
         self._base_s = base_s
-        self._cap_s = cap_s
+        self.cap_s = cap_s
         self._retry_after_cap_s = retry_after_cap_s
         self._rng = rng or random.Random()
         # Guards everything below; notified at every change, since any change may let a lane go.
@@ -220,7 +220,7 @@ class Breaker:
         if self._try_at_once:
             return 0.0
         asked_s = min(error.retry_after_s or 0.0, self._retry_after_cap_s)
-        return asked_s + backoff_s(self._failures, self._rng, self._base_s, self._cap_s)
+        return asked_s + backoff_s(self._failures, self._rng, self._base_s, self.cap_s)
 
     def _enter(self, state: str) -> None:
         if state != self._state:

@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import journal_dir, private_dir, share_runtime_dir
+from mlflow_relay_daemon import systemd
 from mlflow_relay_daemon.access import Access, gid_of
 from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.config import Config
@@ -29,7 +29,8 @@ from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.lease import RUNTIME_LOCK, is_leased
-from mlflow_relay_daemon.logs import set_up_logging
+from mlflow_relay_daemon.logs import say_repeats, set_up_logging
+from mlflow_relay_daemon.reload import take_over
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
@@ -51,23 +52,26 @@ SWITCH_INTERVAL_S = 0.0005
 LOOP_TIMEOUT_S = 5.0
 
 
-def run_daemon(config: Config) -> int:
+def run_daemon(config: Config, load_again: Callable[[], Config] | None = None) -> int:
     """Serve until told to stop; return an exit code.
 
+    Args: load_again: reads the settings anew, at SIGHUP; raises ConfigError.
     Raises: CommandError: it cannot start; says what to do.
     """
     set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _allow_many_files()
     service = Service(config)
+    service.load_again = load_again
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, service.request_stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a login shell that ends is no reason to leave
+    signal.signal(signal.SIGHUP, service.request_reload)
     try:
         service.serve()
         return service.drain()
     finally:
         service.close()
+        say_repeats(at_once=True)
 
 
 class Service:
@@ -78,6 +82,8 @@ class Service:
 
     def __init__(self, config: Config) -> None:
         self.config = self._config = config
+        self.load_again: Callable[[], Config] | None = None
+        self._is_to_reload = False
         self._stopped_s: float | None = None  # when it was told to leave
         self._is_leased = True
         self._looked_s = self._busy_s = time.monotonic()
@@ -129,10 +135,11 @@ class Service:
         )
         if self._http is not None:
             self._http.start()
-        _notify_systemd("READY=1")
+        systemd.notify("READY=1")
         while not self._is_over():
             self._turn()
-        _notify_systemd("STOPPING=1")
+        systemd.notify("STOPPING=1")
+        systemd.extend_timeout(self._config.drain_timeout_s)
 
     def drain(self) -> int:
         """Deliver what is left, for as long as the drain may take; return an exit code."""
@@ -162,6 +169,11 @@ class Service:
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
         self._stopped_s = self._stopped_s or time.monotonic()
+        self._intake.wake()
+
+    def request_reload(self, _signum: int, _frame: FrameType | None) -> None:
+        """Signal handler: only sets a flag. A login shell that ends sends this, too."""
+        self._is_to_reload = True
         self._intake.wake()
 
     def in_loop(self, function: Callable[[], T]) -> T:
@@ -201,13 +213,17 @@ class Service:
     def _turn(self, wait_s: float = LOOK_EVERY_S) -> None:
         self._intake.turn(wait_s)
         self._answer_threads()
+        if self._is_to_reload:
+            self._is_to_reload = False
+            self._reload()
         if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
             if self._intake.bind_again():
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
+            say_repeats()
             self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
-            _notify_systemd("WATCHDOG=1")
+            systemd.notify("WATCHDOG=1")
 
     def _answer_threads(self) -> None:
         while self._asked:
@@ -218,6 +234,26 @@ class Service:
                 answer.set_result(function())
             except Exception as error:  # noqa: BLE001  # who asked is to know
                 answer.set_exception(error)
+
+    def _reload(self) -> None:
+        """Read the settings anew, take over what can be, and ask the server again: a token may be
+        new."""
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if self.load_again is not None:
+            self._config = self.config = take_over(self._config, self.load_again, self._apply)
+        if self._delivery is not None:
+            self._delivery.deliver_now([])
+        systemd.notify("READY=1")
+
+    def _apply(self, config: Config) -> None:
+        set_up_logging(config.log_level, config.log_format)
+        self._spool.bytes_max = config.spool_bytes_max
+        self._spool.free_bytes_min = config.free_bytes_min
+        self._intake.group_bytes_max = config.group_bytes_max
+        if self._delivery is not None:
+            self._delivery.batch_age_s = config.batch_age_s
+        if self._runs.breaker is not None:
+            self._runs.breaker.cap_s = config.retry_wait_s_max
 
     def _look(self) -> None:
         self._looked_s = now_s = time.monotonic()
@@ -312,6 +348,7 @@ def _open_spool(config: Config) -> Spool:
             segment_bytes_max=config.segment_bytes_max,
             bytes_max=config.spool_bytes_max,
             free_bytes_min=config.free_bytes_min,
+            on_progress=systemd.extend_timeout,
         )
     except SpoolTaken:
         raise CommandError(
@@ -329,20 +366,8 @@ def _open_sink(config: Config) -> Any:
     from mlflow_relay_daemon.sinks.open import open_sink
 
     try:
-        return open_sink(config.tracking_uri, timeout_s=config.request_timeout_s)
+        return open_sink(
+            config.tracking_uri, timeout_s=config.request_timeout_s, token_file=config.token_file
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
-
-
-def _notify_systemd(message: str) -> None:
-    """Speak sd_notify(3) if there is somebody to listen."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(message.encode(), address)
-    except OSError as error:
-        log.debug("systemd does not listen: %s", error)

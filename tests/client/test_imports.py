@@ -35,10 +35,11 @@ FLOORS = [
         "spool",
         "lease",
         "foreign",
+        "reload",
     ],
     ["states", "config", "control_client"],
     ["setting", "counters", "access"],
-    ["exits", "logs", "witness", "words"],
+    ["exits", "logs", "systemd", "witness", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.
 LOWER = {"sinks.redact": 6}

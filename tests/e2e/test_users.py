@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,26 +49,29 @@ run.end()
 
 
 class SharedNode:
-    """What `mlflow-relay.service` sets up, in a root of its own under /dev/shm."""
+    """What `mlflow-relay.service` sets up, in a root of its own under /dev/shm: the unit is installed
+    there, and its command line run with its environment, as a user of its own."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         self.folder = folder
         self.runtime = folder / "run/mlflow-relay"  # RuntimeDirectory
-        self.state = folder / "state"  # StateDirectory
+        self.state = folder / "var/lib/mlflow-relay"  # StateDirectory
         self.socket = self.runtime / "relay.sock"
         self.log = folder / "daemon.log"
         (folder / "run").mkdir(mode=0o755)
         for path, mode in ((self.runtime, 0o711), (self.state, 0o700)):
-            path.mkdir(mode=mode)
+            path.mkdir(mode=mode, parents=True)
             os.chmod(path, mode)
             os.chown(path, DAEMON_UID, DAEMON_UID)
         os.chmod(folder, 0o755)
-        os.chmod(folder / "run", 0o755)
+        for path in (folder / "run", folder / "var", folder / "var/lib"):
+            os.chmod(path, 0o755)
         self.environ = {**_clean_environ(), "MLFLOW_RELAY_SOCKET": str(self.socket)}
+        self.command_line, environ = unit_in(folder)
         self.daemon_environ = {
             **self.environ,
-            "MLFLOW_RELAY_SPOOL": str(self.state / "spool"),
-            "MLFLOW_RELAY_GROUP": str(GROUP_GID),
+            **environ,
+            "MLFLOW_RELAY_GROUP": str(GROUP_GID),  # the group of that name is not on this machine
             "MLFLOW_RELAY_TRACKING_URI": uri,
             "MLFLOW_RELAY_FREE_BYTES_MIN": "0",
             "MLFLOW_RELAY_BATCH_AGE_S": "0.05",
@@ -77,7 +83,7 @@ class SharedNode:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.daemon = DAEMON.relay(
-                "daemon", environ=self.daemon_environ, stdout=log, stderr=log
+                *self.command_line, environ=self.daemon_environ, stdout=log, stderr=log
             )
         self.processes.append(self.daemon)
         wait_until(lambda: self.status(DAEMON), "the daemon answers")
@@ -112,6 +118,18 @@ class SharedNode:
             if process.poll() is None:
                 process.kill()
             process.wait()
+
+
+def unit_in(root: Path) -> tuple[list[str], dict[str, str]]:
+    """Install the system unit below a root; return its command's arguments and its environment."""
+    command = [sys.executable, "-m", "mlflow_relay_daemon", "install-units", "--root", str(root)]
+    subprocess.run(command, check=True, capture_output=True)
+    unit = (root / "etc/systemd/system/mlflow-relay.service").read_text()
+    unit = unit.replace("%S", str(root / "var/lib")).replace("%t", str(root / "run"))
+    environ = dict(re.findall(r"^Environment=(\w+)=(.*)$", unit, re.MULTILINE))
+    [line] = re.findall(r"^ExecStart=(.*)$", unit, re.MULTILINE)
+    assert line.split()[-1] == "daemon"
+    return ["daemon"], environ
 
 
 @pytest.fixture(scope="module")

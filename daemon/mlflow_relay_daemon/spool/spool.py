@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow_relay.errors import FormatError, VersionError
@@ -44,6 +45,7 @@ class Spool:
         segment_bytes_max: size at which a run's segment is followed by another.
         bytes_max: quota of all segments, None: none.
         free_bytes_min: free space that is left to others.
+        on_progress: called before each run that is opened; one with much to read takes seconds.
 
     Raises: SpoolTaken; OSError: the folder cannot be made or written.
     """
@@ -56,6 +58,7 @@ class Spool:
         segment_bytes_max: int,
         bytes_max: int | None = None,
         free_bytes_min: int = 0,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.disk, self.folder = disk, folder
         self.bytes_max, self.free_bytes_min = bytes_max, free_bytes_min
@@ -75,6 +78,7 @@ class Spool:
             disk.make_folder(folder / name)
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
         for path in sorted((folder / RUNS).iterdir()):
+            on_progress()
             if path.is_dir():  # else it is nothing of ours
                 self._open_found(path)
 
