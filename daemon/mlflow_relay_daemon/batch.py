@@ -143,6 +143,12 @@ class Batch:
         return not (self.metrics or self.params or self.tags)
 
 
+def fits_whole(entry: Entry) -> bool:
+    """Return whether MLflow would keep all of it: it cuts what is too long, and says nothing."""
+    chars_max = {"param": PARAM_CHARS_MAX, "tag": TAG_CHARS_MAX}.get(entry.kind)
+    return chars_max is None or len(str(entry.value)) <= chars_max
+
+
 def _metric_entry(metric: Metric) -> Entry:
     key, value, timestamp_ms, step = metric
     return Entry("metric", key, value, timestamp_ms, step)

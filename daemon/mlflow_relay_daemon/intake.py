@@ -86,7 +86,6 @@ class Intake:
         self.group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
         self._untold: set[bytes] = set()  # sessions that do not know their MLflow run id yet
-        self.is_full = False
         self._full_until_s = 0.0
         self._answers: deque[tuple[bytes, bytes]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -94,7 +93,8 @@ class Intake:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 200
         self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
-        self._socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
+        # What is too large is counted; what is far too large, ZeroMQ refuses to take in at all.
+        self._socket.maxmsgsize = 2 * messages.MESSAGE_BYTES_MAX
         self._path = socket_path
         self._bind()
         self._poller = zmq.Poller()
@@ -177,6 +177,8 @@ class Intake:
         for uid, parts in group:
             try:
                 peer, kind, payload = parts
+                if len(payload) > messages.MESSAGE_BYTES_MAX:
+                    raise FormatError(f"a message of {len(payload)} bytes")
                 if kind == messages.DATA:
                     self._sort(peer, uid, payload, arrivals)
                 else:
@@ -213,7 +215,7 @@ class Intake:
         if header.next_seq <= expected:
             self._counters.count("resent_frames", "a frame came twice")
             self._ack(header.session)  # of what is on the disk: its ack may have been lost
-        elif not self.is_full:  # else the gap is ours: the rank sends again after its timeout
+        elif not self._runs.is_full:  # else the gap is ours: the rank sends again after its timeout
             self._counters.count("resent_frames", "a frame came before its predecessor")
             self._send(peer, messages.UNKNOWN, header.session)
 
@@ -234,24 +236,19 @@ class Intake:
 
     def _append(self, hosted: Hosted, frames: list[tuple[Header, bytes]]) -> bool:
         """Return whether the frames are on the disk."""
-        if self.is_full and time.monotonic() < self._full_until_s:
+        if self._runs.is_full and time.monotonic() < self._full_until_s:
             return False
         try:
-            self._runs.spool.check_space(sum(len(frame) for _, frame in frames))
-            hosted.run.append(frames)
+            self._runs.append(hosted, frames)
         except OSError as error:
             self._note_full("not written, not acknowledged", error)
             self._full_until_s = time.monotonic() + FULL_PAUSE_S
             return False
-        if self.is_full:
-            log.warning("the spool takes records again")
-            self.is_full = False
-        self._runs.notify(hosted)
         return True
 
     def _note_full(self, what: str, error: OSError) -> None:
         self._counters.count("fsync_failures", f"{what}: {error.strerror or error}")
-        self.is_full = True
+        self._runs.note_full()
 
     def _ack(self, session: bytes) -> None:
         live = self.sessions[session]
@@ -273,9 +270,10 @@ class Intake:
         elif kind == messages.DETACH:
             self._detach(peer, uid, *messages.unpack_detach(payload))
         elif kind == messages.ALIVE:
-            session = self._session_of(peer, uid, payload)
+            name = messages.unpack_session(payload)
+            session = self._session_of(peer, uid, name)
             if session is None:
-                self._send(peer, messages.UNKNOWN, payload)
+                self._send(peer, messages.UNKNOWN, name)
             else:
                 session.heard_s = time.monotonic()
         elif kind == messages.CONTROL:

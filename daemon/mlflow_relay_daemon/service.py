@@ -192,7 +192,7 @@ class Service:
     @property
     def is_full(self) -> bool:
         """Whether the last thing that was to be stored was not."""
-        return self._intake.is_full
+        return self._runs.is_full
 
     def stalled_s(self) -> float:
         """Return since when the loop has not come round; normally less than a second."""
@@ -221,6 +221,7 @@ class Service:
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
+            self._runs.look_for_space()
             say_repeats()
             self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
             systemd.notify("WATCHDOG=1")
@@ -264,7 +265,7 @@ class Service:
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(
             sessions_open=len(self._intake.sessions),
-            is_full=self._intake.is_full,
+            is_full=self._runs.is_full,
             http_port=None if self._http is None else self._http.port,
         )
 
@@ -332,6 +333,10 @@ def _lock_runtime_folder(config: Config) -> int:
     except (RelayError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
+    if config.socket.exists() and not config.socket.is_socket():
+        raise CommandError(  # ZeroMQ would remove a file
+            f"{config.socket} is there and no socket: choose another --socket, or remove it"
+        )
     if lock is None:
         raise CommandError(
             f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "

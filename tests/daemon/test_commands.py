@@ -753,7 +753,9 @@ def test_no_dead_letters_is_said(daemon: FakeDaemon) -> None:
 
 @pytest.mark.usefixtures("letters")
 def test_retry_offers_the_chosen_ones_again(daemon: FakeDaemon) -> None:
-    assert relay("dead-letters", "retry", "--run", "o96").stdout.startswith("2 records to be tried")
+    assert relay("dead-letters", "retry", "--run", "o96").stdout.startswith(
+        "2 records delivered, 0"
+    )
     assert acted(daemon, "retry") == [(ID_A, [1, 2])]
     assert (
         json.loads(relay("dead-letters", "retry", "--run", "n320", "--id", "1", "--json").stdout)[

@@ -7,7 +7,7 @@ import time
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
-from mlflow_relay_daemon.batch import Batch, Entry, Objection, split
+from mlflow_relay_daemon.batch import Batch, Entry, Objection, fits_whole, split
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -162,16 +162,18 @@ class Batches:
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
-            is_name = objection.entry.kind == "metric" and objection.is_refusal
+            entry = objection.entry
+            is_name = entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0
             if is_name and len(self._refused_keys) < KEYS_REMEMBERED_MAX:
-                self._refused_keys[objection.entry.key] = objection
+                self._refused_keys[entry.key] = objection
         batch.refuse(guilty)
 
     def _send(self, entries: list[Entry]) -> None:
         self._to.log(*split(entries))
 
     def _set_apart_refused(self, batch: Batch) -> None:
-        """A metric is refused for its name, so once refused, always refused: do not ask again."""
+        """A metric is refused for its name (or a time before 1970), so once refused, always
+        refused: do not ask again."""
         good = [metric for metric in batch.metrics if metric[0] not in self._refused_keys]
         if len(good) == len(batch.metrics):
             return
@@ -217,7 +219,8 @@ class Batches:
         taken = {
             letter.id
             for letter in letters
-            if not deliver_apart([letter.entry()], self._send, (Refused,))
+            if fits_whole(letter.entry())
+            and not deliver_apart([letter.entry()], self._send, (Refused,))
         }
         self._refused_keys.clear()
         return self._letters.remove(taken)

@@ -67,8 +67,8 @@ class Ending:
         card, mark = self._to.card, self._count_missing()
         sessions = list(card.sessions.values())
         own = verdict(sessions, mark.last_record_ms)
-        told = (card.status, card.end_ms, card.end_reason)
-        if card.state is RunState.ENDED and told == (own.status, own.end_ms, own.reason):
+        told = (card.status, card.end_ms, card.end_reason, card.told_sessions)
+        if card.state is RunState.ENDED and told == (*own, len(sessions)):
             return
         words = rank_words(sessions, mark.last_record_ms)
         if not self._is_alone():
@@ -86,7 +86,8 @@ class Ending:
             self._to.set_tags(self._tags(end, info.tags))
             self._to.update(status=end.status, end_time_ms=end.end_ms)
         with self._to.run.lock:
-            card.status, card.end_ms, card.end_reason = own.status, own.end_ms, own.reason
+            card.status, card.end_ms, card.end_reason = own
+            card.told_sessions = len(sessions)
             card.state = next_state(card.state, RunEvent.STATUS_DELIVERED)
             self._to.run.save_card()
 
@@ -126,17 +127,20 @@ class Ending:
     def _count_missing(self) -> Watermark:
         """What was acknowledged and cannot be found any more is counted; return the watermark."""
         run = self._to.run
-        mark = Watermark(**vars(run.mark))
-        seen = Sequences(mark.sequences)
-        missing = 0
-        for name, session in list(run.card.sessions.items()):
-            seen.give_up(bytes.fromhex(name), session.first_seq)
-            missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
-        if missing:
-            mark.sequences = seen.save()
-            mark.damaged_records += missing
-            run.settle(mark)
-        return mark
+        with run.lock:  # what a rank that came back sends meanwhile waits, and is not missing
+            mark = Watermark(**vars(run.mark))
+            if not run.is_drained():
+                return mark
+            seen = Sequences(mark.sequences)
+            missing = 0
+            for name, session in run.card.sessions.items():
+                seen.give_up(bytes.fromhex(name), session.first_seq)
+                missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
+            if missing:
+                mark.sequences = seen.save()
+                mark.damaged_records += missing
+                run.settle(mark)
+            return mark
 
     def _tags(self, end: Verdict, before: Mapping[str, str]) -> list[Tag]:
         card, damaged = self._to.card, self._to.run.mark.damaged_records

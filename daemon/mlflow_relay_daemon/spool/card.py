@@ -71,6 +71,7 @@ class Card:
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
+    told_sessions: int = 0  #: how many sessions that end is of: other nodes may wait for a late one
     #: By hex digits. Grows while lanes look at it without the lock: they look at a list of it.
     sessions: dict[str, SessionCard] = field(default_factory=dict)
 
