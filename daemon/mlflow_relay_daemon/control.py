@@ -62,7 +62,7 @@ class Control:
                 case "ping":
                     return _ok(pid=os.getpid(), version=__version__)
                 case "status":
-                    return _ok(status=self._status_for(uid))
+                    return _ok(status=self.status_for(uid))
                 case "flush":
                     return _ok(targets=self._flush(request, uid))
                 case "dead_letters":
@@ -77,7 +77,8 @@ class Control:
             raise FormatError("a control request without a command")
         return _failed(f"{command[:40]!r} is no command of this daemon ({__version__})")
 
-    def _status_for(self, uid: int | None) -> dict[str, Any]:
+    def status_for(self, uid: int | None) -> dict[str, Any]:
+        """Return the status object with the runs that this user may see."""
         status = self._read_status()
         if self._runs.access.is_admin(uid):
             return status

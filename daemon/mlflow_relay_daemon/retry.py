@@ -90,6 +90,7 @@ class Breaker:
         self._state = "unknown"
         self._since_ms = _now_ms()
         self._failures = 0
+        self.failures_total = 0  #: requests without an answer, ever
         self._last_error = ""
         self._next_try_s = 0.0  # on time.monotonic's clock
         self._try_at_once = False
@@ -193,6 +194,7 @@ class Breaker:
 
     def _note_silence(self, lane: object, error: ServerAway) -> None:
         with self._changed:
+            self.failures_total += 1
             is_news = self._state != "down" or self._probe is lane
             if is_news:
                 self._failures += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
 import sys
 import time
@@ -15,26 +14,23 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow_relay._version import __version__
-from mlflow_relay.errors import RelayError
-from mlflow_relay.paths import journal_dir, private_dir, share_runtime_dir
-from mlflow_relay_daemon import systemd
+from mlflow_relay.paths import journal_dir
+from mlflow_relay_daemon import opening, systemd
 from mlflow_relay_daemon.access import Access, gid_of
 from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
-from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.counters import Counters, Durations
 from mlflow_relay_daemon.delivery import Delivery
-from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
+from mlflow_relay_daemon.exits import DEGRADED, DONE
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
-from mlflow_relay_daemon.lease import RUNTIME_LOCK, is_leased
+from mlflow_relay_daemon.lease import is_leased
 from mlflow_relay_daemon.logs import say_repeats, set_up_logging
 from mlflow_relay_daemon.reload import take_over
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
-from mlflow_relay_daemon.spool.disk import Disk, lock_file
-from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
 
 if TYPE_CHECKING:
@@ -60,7 +56,7 @@ def run_daemon(config: Config, load_again: Callable[[], Config] | None = None) -
     """
     set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    _allow_many_files()
+    opening.allow_many_files()
     service = Service(config)
     service.load_again = load_again
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -88,12 +84,12 @@ class Service:
         self._is_leased = True
         self._looked_s = self._busy_s = time.monotonic()
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._runtime_lock = _lock_runtime_folder(config)
-        self._spool = _open_spool(config)
+        self._runtime_lock = opening.lock_runtime_folder(config)
+        self._spool = opening.open_spool(config)
         self._delivery = None
         sink = breaker = None
         if not config.offline:
-            sink = _open_sink(config)
+            sink = opening.open_sink(config)
             breaker = Breaker(cap_s=config.retry_wait_s_max)
             self._delivery = Delivery(
                 breaker, threads=config.delivery_threads, batch_age_s=config.batch_age_s
@@ -107,7 +103,7 @@ class Service:
         )
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
-        control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
+        control = Control(self._runs, self.read_status, self._look, self._watcher.in_journals)
         self._intake = Intake(
             config.socket,
             self._runs,
@@ -117,6 +113,7 @@ class Service:
             access=access,
             gid=gid,
         )
+        self.status_for = control.status_for
         control.answer_later = self._intake.answer_later
         self._http = self._open_http()
 
@@ -188,6 +185,14 @@ class Service:
             return answer.result(LOOP_TIMEOUT_S)
         finally:
             answer.cancel()  # nobody waits for it any more
+
+    def delivery_failures(self) -> int:
+        """Return how many requests the server did not answer."""
+        return 0 if self._runs.breaker is None else self._runs.breaker.failures_total
+
+    def sync_times(self) -> Durations:
+        """Return how long the spool's disk took."""
+        return self._spool.disk.sync_times
 
     @property
     def is_full(self) -> bool:
@@ -262,7 +267,8 @@ class Service:
         for session in self._watcher.look(heard_s, now_s):
             self._intake.forget(session)
 
-    def _read_status(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
+        """Return the status object. In the loop's thread."""
         return self._status.read(
             sessions_open=len(self._intake.sessions),
             is_full=self._runs.is_full,
@@ -309,70 +315,3 @@ class Service:
         if self._intake.sessions or delivering:
             self._busy_s = time.monotonic()
         return time.monotonic() - self._busy_s >= limit_s
-
-
-# ── the start ──
-
-
-def _allow_many_files() -> None:
-    """A node may have hundreds of ranks, each with a connection and a journal: two descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _lock_runtime_folder(config: Config) -> int:
-    """Two daemons at one socket would take it from each other; two sockets in one folder would
-    share the journals beside them."""
-    try:
-        private_dir(config.socket.parent)
-        gid = gid_of(config.group)
-        if gid is not None:
-            share_runtime_dir(config.socket, gid)
-        lock = lock_file(config.socket.parent / RUNTIME_LOCK)
-    except (RelayError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
-    if config.socket.exists() and not config.socket.is_socket():
-        raise CommandError(  # ZeroMQ would remove a file
-            f"{config.socket} is there and no socket: choose another --socket, or remove it"
-        )
-    if lock is None:
-        raise CommandError(
-            f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "
-            "that one first, or choose a --socket in another folder, and another --spool"
-        )
-    return lock
-
-
-def _open_spool(config: Config) -> Spool:
-    try:
-        return Spool(
-            Disk(),
-            config.spool,
-            segment_bytes_max=config.segment_bytes_max,
-            bytes_max=config.spool_bytes_max,
-            free_bytes_min=config.free_bytes_min,
-            on_progress=systemd.extend_timeout,
-        )
-    except SpoolTaken:
-        raise CommandError(
-            f"another daemon writes to the spool {config.spool}: stop that one first, or choose "
-            "another --spool"
-        ) from None
-    except OSError as error:
-        raise CommandError(
-            f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
-            "another --spool"
-        ) from error
-
-
-def _open_sink(config: Config) -> Any:
-    from mlflow_relay_daemon.sinks.open import open_sink
-
-    try:
-        return open_sink(
-            config.tracking_uri, timeout_s=config.request_timeout_s, token_file=config.token_file
-        )
-    except ValueError as error:
-        raise CommandError(str(error)) from error

@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from mlflow_relay_daemon.api import health
+from mlflow_relay_daemon.api import health, metrics, page
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -93,4 +93,5 @@ def _listen(port: int) -> socket.socket:
 
 def _routes(service: Service) -> list[BaseRoute]:
     """Return all that is served here; one room each."""
-    return [*health.routes(service)]
+    rooms = (health, metrics, page)
+    return [route for room in rooms for route in room.routes(service)]
