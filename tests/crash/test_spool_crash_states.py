@@ -209,6 +209,7 @@ class RecordedDisk(Disk):
     """What of the real disk goes through pathlib, not os."""
 
     def __init__(self, recorder: RecordingOs) -> None:
+        super().__init__()
         self._recorder = recorder
 
     def make_folder(self, path: Path) -> None:
