@@ -81,14 +81,18 @@ def share_runtime_dir(socket: Path, gid: int) -> None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(path.stat().st_mode) != mode:
+    if _mode(path) != mode:
         os.chmod(path, mode)
 
 
-def is_shared(socket: Path) -> bool:
-    """Return whether the daemon at this socket is another user's, whom we may trust.
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else 0
 
-    That is one whose folder nobody but root or ourselves could have put there: not one in /tmp or
+
+def is_shared(socket: Path) -> bool:
+    """Return whether the daemon at this socket serves a group; another user's must be trusted.
+
+    We trust one whose folder nobody but root or ourselves could have put there: not one in /tmp or
     /dev/shm, where anybody may make a folder of any name.
 
     Raises: RelayError: it is, and it is not open to us.
@@ -98,8 +102,10 @@ def is_shared(socket: Path) -> bool:
         found, above = folder.lstat(), folder.parent.stat()
     except OSError:
         return False  # it will be our own
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid == os.getuid():
+    if not stat.S_ISDIR(found.st_mode):
         return False
+    if found.st_uid == os.getuid():
+        return _mode(journal_dir(socket)) == SHARED_JOURNALS_MODE
     if above.st_uid not in (0, os.getuid()) or above.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         return False
     if not os.access(journal_dir(socket), os.W_OK | os.X_OK):

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,71 @@ def test_every_setting_of_a_unit_is_one_of_ours():
     known = {setting.variable for setting in SETTINGS.values()}
     for path in UNITS.rglob("*.service"):
         assert set(re.findall(r"MLFLOW_RELAY_\w+", path.read_text())) <= known
+
+
+def syscalls(group: str) -> set[str]:
+    """Return the names in a group of systemd's, those of groups in it too."""
+    found = set()
+    for line in analyze("syscall-filter", group).splitlines()[1:]:
+        word = line.strip()
+        if word and not word.startswith("#"):
+            found |= syscalls(word) if word.startswith("@") else {word}
+    return found
+
+
+def allowed_syscalls() -> set[str]:
+    """Return what the unit's SystemCallFilter= lines leave, read in their order."""
+    found: set[str] = set()
+    unit = (UNITS / "mlflow-relay.service").read_text()
+    for line in re.findall(r"^SystemCallFilter=(.*)$", unit, re.MULTILINE):
+        for word in line.removeprefix("~").split():
+            names = syscalls(word) if word.startswith("@") else {word}
+            found = found - names if line.startswith("~") else found | names
+    return found
+
+
+@needs_systemd
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_the_daemon_makes_no_system_call_that_the_unit_forbids(tmp_path, mlflow_server):
+    """A whole life, in folders as tmpfiles makes them: EPERM would be a crash at a bad moment."""
+    settings = {"group": os.getgid(), "http_port": 0, "drain_timeout_s": 5}
+    with Node(tmp_path / "node", mlflow_server.uri, settings=settings) as node:
+        (node.runtime / "journals").mkdir()
+        node.runtime.chmod(0o711)
+        (node.runtime / "journals").chmod(0o3730)
+        trace = tmp_path / "trace"
+        with node.log.open("ab") as log:
+            strace = subprocess.Popen(
+                ["strace", "-f", "-qq", "-o", trace, sys.executable, "-m", "mlflow_relay_daemon",
+                 "daemon"], env=node._daemon_environ, stdout=log, stderr=log,
+            )  # fmt: skip
+        try:
+            wait_until((node.runtime / "relay.sock").exists, "the daemon serves")
+            daemon = wait_until(lambda: node.status()["daemon"], "the daemon answers")
+            rank = """
+                import mlflow_relay
+                with mlflow_relay.start_run("units", run_key="units", rank=0, world_size=1) as run:
+                    run.log_metric("a", 1.0)
+            """
+            finish([node.rank(rank)])
+            node.wait_until_ended()
+            url = f"http://127.0.0.1:{daemon['http_port']}/metrics"
+            assert urllib.request.urlopen(url).status == 200
+            os.kill(daemon["pid"], signal.SIGHUP)
+            wait_until(lambda: "settings are reloaded" in node.log.read_text(), "it is reloaded")
+            os.kill(daemon["pid"], signal.SIGTERM)
+            assert strace.wait(60) == 0
+        finally:
+            strace.kill()
+            strace.wait()
+        lines = trace.read_text(errors="replace").splitlines()
+    used = {match[1] for line in lines if (match := re.match(r"\d+ +(\w+)\(", line))}
+    assert len(used) > 40
+    assert used - allowed_syscalls() == set()
+    made = [line for line in lines if re.search(r"\b(chmod|fchmod|fchmodat|mkdir|openat)\(", line)]
+    with_setgid = re.compile(r"\b0[2-7]\d{3}\)")  # RestrictSUIDSGID=
+    assert [line for line in made if with_setgid.search(line)] == []
+    assert [line for line in lines if "PROT_WRITE|PROT_EXEC" in line] == []  # MemoryDeny...=
 
 
 # ── what systemd hears ──
