@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import private_dir, share_runtime_dir
@@ -11,9 +11,14 @@ from mlflow_relay_daemon import systemd
 from mlflow_relay_daemon.access import gid_of
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.exits import CommandError
+from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.lease import RUNTIME_LOCK
+from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
+
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 
 def allow_many_files() -> None:
@@ -67,6 +72,29 @@ def open_spool(config: Config) -> Spool:
             f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
             "another --spool"
         ) from error
+
+
+def open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:
+    """Nothing is started or connected before there is an artifact."""
+    from mlflow_relay_daemon.artifacts.helper_client import Helper
+    from mlflow_relay_daemon.artifacts.stores import Stores
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
+    from mlflow_relay_daemon.sinks.rest import RestSink
+
+    helper = Helper(config.tracking_uri, config.artifact_uploads)
+    return Uploads(
+        runs,
+        sink,
+        Stores(
+            config.tracking_uri,
+            is_direct=isinstance(sink, RestSink),
+            helper=helper,
+            token_file=str(config.token_file or ""),
+        ),
+        threads=config.artifact_uploads,
+        bytes_per_s=config.artifact_bytes_per_s,
+        wait_s_max=config.retry_wait_s_max,
+    )
 
 
 def open_sink(config: Config) -> Any:

@@ -35,6 +35,7 @@ from mlflow_relay_daemon.status import StatusReader
 
 if TYPE_CHECKING:
     from mlflow_relay_daemon.api.http import HttpServer
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ class Service:
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._runtime_lock = opening.lock_runtime_folder(config)
         self._spool = opening.open_spool(config)
+        self._uploads: Uploads | None = None
+        self._look_after_files()
         self._delivery = None
         sink = breaker = None
         if not config.offline:
@@ -99,8 +102,15 @@ class Service:
         gid = gid_of(config.group)
         access = Access(os.getuid(), is_shared=gid is not None)
         self.runs = self._runs = Runs(
-            self._spool, sink, breaker, self._delivery, names, access=access
+            self._spool,
+            sink,
+            breaker,
+            self._delivery,
+            names,
+            artifact_wait_s=config.artifact_wait_s,
+            access=access,
         )
+        self._uploads = self._runs.uploads = sink and opening.open_uploads(config, self._runs, sink)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self.read_status, self._look, self._watcher.in_journals)
@@ -149,19 +159,22 @@ class Service:
             for lane in lanes:
                 lane.leave()
             self._delivery.deliver_now(lanes)
-            while time.monotonic() < until_s and not self._delivery.is_idle():
+            while time.monotonic() < until_s and not self._is_delivered():
                 self._turn(0.05)
-            self._delivery.stop()
+            self._stop_delivery()
         self._runs.return_space()
-        left = sum(each.run.waiting_records() for each in self._runs.by_id.values())
-        if left:
+        hosted = self._runs.by_id.values()
+        left = sum(each.run.waiting_records() for each in hosted)
+        files = sum(len(each.run.artifacts.waiting) for each in hosted)
+        if left or files:
             log.warning(
-                "%d records are not in MLflow yet; they are kept in %s and delivered at the next "
-                "start",
+                "%d records and %d artifacts are not in MLflow yet; they are kept in %s and "
+                "delivered at the next start",
                 left,
+                files,
                 self._config.spool,
             )
-        return DONE if not left or self._config.offline else DEGRADED
+        return DONE if not (left or files) or self._config.offline else DEGRADED
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
@@ -207,8 +220,7 @@ class Service:
         if self._http is not None:
             self._http.stop()
         self._intake.close()
-        if self._delivery is not None:
-            self._delivery.stop()
+        self._stop_delivery()
         self._config.socket.unlink(missing_ok=True)
         self._spool.close()
         os.close(self._runtime_lock)
@@ -227,9 +239,30 @@ class Service:
             self._look()
             self._runs.return_space()
             self._runs.look_for_space()
+            self._look_after_files()
             say_repeats()
             self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
             systemd.notify("WATCHDOG=1")
+
+    def _look_after_files(self) -> None:
+        try:
+            self._spool.publish_staging(self._config.socket)
+        except OSError as error:
+            log.debug("ranks are not told where to stage files: %s", error)
+        if self._uploads is not None:
+            self._uploads.look()
+
+    def _is_delivered(self) -> bool:
+        """Return whether lanes and artifacts have nothing to do."""
+        if self._delivery is None or self._uploads is None:
+            return True
+        return self._delivery.is_idle() and self._uploads.is_idle()
+
+    def _stop_delivery(self) -> None:
+        if self._uploads is not None:
+            self._uploads.stop()
+        if self._delivery is not None:
+            self._delivery.stop()
 
     def _answer_threads(self) -> None:
         while self._asked:
@@ -311,7 +344,6 @@ class Service:
         limit_s = self._config.exit_when_idle_s
         if limit_s is None:
             return False
-        delivering = self._delivery is not None and not self._delivery.is_idle()
-        if self._intake.sessions or delivering:
+        if self._intake.sessions or not self._is_delivered():
             self._busy_s = time.monotonic()
         return time.monotonic() - self._busy_s >= limit_s

@@ -7,7 +7,14 @@ import time
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
-from mlflow_relay_daemon.batch import Batch, Entry, Objection, fits_whole, split
+from mlflow_relay_daemon.batch import (
+    ARTIFACT_LETTER,
+    Batch,
+    Entry,
+    Objection,
+    fits_whole,
+    split,
+)
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -186,7 +193,7 @@ class Batches:
 
     def _settle(self, batch: Batch, mark: Watermark) -> None:
         """The batch is done with. Crash: before any line, it is delivered again, which MLflow
-        ignores; so card and letters come first, and the watermark last."""
+        ignores; so card, letters and ledger come first, and the watermark last."""
         mark.delivered_records += batch.records
         mark.delivered_points += len(batch.metrics)
         mark.last_record_ms = max(mark.last_record_ms, batch.last_record_ms)
@@ -202,6 +209,7 @@ class Batches:
                         known.end_ms = end.timestamp_ms
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
+        self._to.run.artifacts.accept(batch.artifacts)
         self._to.run.settle(mark)
 
     # ── dead letters ──
@@ -214,7 +222,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind != "record" and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", ARTIFACT_LETTER) and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
@@ -77,6 +78,7 @@ class Lane:
         self._links = Links(destination, resolver, translation, lineage_params, letters)
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
+        self._artifacts = ArtifactWord(destination)
 
     def work(self) -> float | None:
         """Do one step, and return in how many seconds there is another; None: when told.
@@ -149,7 +151,11 @@ class Lane:
             return REST_WAIT_S if 0 < waiting < FULL_BATCH_BYTES and self._ranks_alive() else 0.0
         if self._is_over():
             if card.state is RunState.OPEN:
+                wait_s = self._artifacts.wait_s()
+                if wait_s is not None and not self._ending.is_leaving:
+                    return wait_s
                 self._to.ask(self._creation.remove_doubles)
+            self._artifacts.tell()  # first: who sees the end sees what is to come
             self._ending.tell()
         waits = [self._late_doubles_s()]
         if self._links.is_waiting():

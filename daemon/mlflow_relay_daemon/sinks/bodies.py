@@ -166,6 +166,7 @@ def run_info(run: dict[str, Any]) -> RunInfo:
         end_time_ms=int(end_time) if end_time else None,
         lifecycle_stage=info["lifecycle_stage"],
         tags={tag["key"]: tag.get("value", "") for tag in tags},
+        artifact_uri=info.get("artifact_uri", ""),
     )
 
 

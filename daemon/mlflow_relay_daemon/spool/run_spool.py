@@ -15,6 +15,7 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment, watermark
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
 
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 #: A segment that is delivered is given up for a new one beyond this size, to return its space.
 RETURN_BYTES_MIN = 1 << 20
+
+#: A frame as it came, and what its header says.
+Arrival = tuple[Header, bytes | memoryview]
 
 
 class Place(NamedTuple):
@@ -57,11 +61,12 @@ class RunSpool:
         self.mark = self._read_mark()
         self.accepted_records = self.mark.settled_records
         self.sequences = Sequences(self.mark.sequences)
+        self.artifacts = Ledger(disk, folder)
         self._recover()
 
     # ── intake ──
 
-    def append(self, arrivals: Sequence[tuple[Header, bytes]]) -> None:
+    def append(self, arrivals: Sequence[Arrival]) -> None:
         """Append frames; they are on the disk when this returns.
 
         Raises: OSError: no frame of these counts; the next call begins a new file.
@@ -74,9 +79,8 @@ class RunSpool:
             writer = None
         if writer is None:
             writer = self._begin_segment()
-        data = b"".join([frame for _, frame in arrivals])
         try:
-            writer.append(data)
+            writer.append([frame for _, frame in arrivals])
         except OSError:
             if (
                 writer.synced == writer.start
@@ -130,6 +134,8 @@ class RunSpool:
         Crash: safe at any line: nothing in these segments is wanted any more.
         """
         with self.lock:
+            if not self._ends and self.card.is_over:
+                self.artifacts.compact()
             if not self._ends or not self.is_drained():
                 return
             newest = max(self._ends)
