@@ -132,13 +132,13 @@ def test_metrics_follow_the_conventions_and_name_nothing_of_a_run(node):
 
 
 def test_a_count_does_not_fall_when_a_run_is_forgotten():
-    from mlflow_relay_daemon.api.metrics import RelayCollector
+    from mlflow_relay_daemon.api.metrics import RelayCollector, _flat
     from tests.daemon.test_commands import ID_A, ID_B, a_run
 
     collector = RelayCollector(None)
     for runs in ([a_run(ID_A, accepted_records=7), a_run(ID_B, accepted_records=5)],
                  [a_run(ID_B, accepted_records=6)], [a_run(ID_B, accepted_records=2)]):  # fmt: skip
-        collector._add(runs)
+        collector._add([_flat(run) for run in runs])
     assert collector._sums["accepted_records"] == 13
 
 

@@ -32,6 +32,8 @@ RUN_COUNTERS = (
     ("delivered_points", "Metric values in requests that MLflow took.", "delivered_points"),
     ("lost_records", "Log calls that found their rank's journal full.", "lost_records"),
     ("damaged_records", "Records that the disk gave back damaged.", "damaged_records"),
+    ("uploaded_artifacts", "Files that MLflow's artifact store took.", "artifacts.uploaded"),
+    ("uploaded_bytes", "Bytes of these.", "artifacts.uploaded_bytes"),
 )
 RUN_GAUGES = (
     ("waiting_records", "Records accepted and not in MLflow yet.", "waiting_records"),
@@ -39,6 +41,8 @@ RUN_GAUGES = (
     ("journal_records", "Records in ranks' journals, not in the spool yet.", "journal_records"),
     ("dead_letters", "Records that MLflow refused, kept with the reason.", "dead_letters"),
     ("ranks", "Ranks that live.", "ranks_alive"),
+    ("waiting_artifacts", "Files that wait for their upload.", "artifacts.waiting"),
+    ("waiting_artifact_bytes", "Bytes of these.", "artifacts.waiting_bytes"),
 )
 COUNTERS = (
     ("fsync_failures", "Groups, cards and journals that the disk did not take.", "fsync_failures"),
@@ -98,7 +102,7 @@ class RelayCollector(Collector):
         )
 
     def _of_runs(self, status: Status) -> Iterator[Metric]:
-        runs = status["runs"]
+        runs = [_flat(run) for run in status["runs"]]
         with self._lock:
             self._add(runs)
             sums = dict(self._sums)
@@ -124,6 +128,11 @@ class RelayCollector(Collector):
             for field in self._sums:
                 self._sums[field] += max(0, run[field] - before.get(field, 0))
         self._seen = {run["run_id"]: {field: run[field] for field in self._sums} for run in runs}
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run with what it says of its artifacts beside the rest."""
+    return {**run, **{f"artifacts.{name}": n for name, n in run["artifacts"].items()}}
 
 
 def _of_daemon(status: Status) -> Iterator[Metric]:
