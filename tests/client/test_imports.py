@@ -26,7 +26,7 @@ FLOORS = [
     ["service", "importers", "sync"],
     ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "artifacts"],
     ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
-    ["states", "config", "control_client"],
+    ["states", "config", "control_client", "journal_folder"],
     ["setting", "counters"],
     ["exits", "logs", "words"],
 ]

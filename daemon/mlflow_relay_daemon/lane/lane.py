@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from mlflow_relay.errors import VersionError
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
@@ -98,7 +99,7 @@ class Lane:
         except TryAgain as error:
             self._failures += 1
             return self._trouble(error, backoff_s(self._failures, self._rng))
-        except Permanent as error:
+        except (Permanent, VersionError) as error:  # a frame of a later release: its to deliver
             self.is_blocked = True
             return self._trouble(error, BLOCKED_RETRY_S)
         except OSError as error:
@@ -130,7 +131,7 @@ class Lane:
         """The daemon stops: tell what can be told now, and wait for no other node."""
         self._ending.is_leaving = True
 
-    def _trouble(self, error: SinkError | OSError, wait_s: float) -> float:
+    def _trouble(self, error: SinkError | VersionError | OSError, wait_s: float) -> float:
         text = str(error)
         if text != self.last_error:
             log.warning("run %s: %s", self.run.card.run_id, text)
