@@ -77,7 +77,11 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Outcome:
     return Outcome(
         [Table(**each) for each in data["tables"]],
-        [Plot(**each) for each in data["plots"]],
+        [Plot(**{**each, "lines": _tuples(each["lines"])}) for each in data["plots"]],
         [Target(**each) for each in data["targets"]],
         list(data["skipped"]),
     )
+
+
+def _tuples(lines: dict[str, list[list[float]]]) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(x, y) for x, y in points] for name, points in lines.items()}
