@@ -37,6 +37,21 @@ def test_only_ratios_that_fall_behind_fail_the_short_form():
     assert failures([Outcome(targets=[RATIO])], slack=1.0) == [RATIO]
 
 
+def test_whoever_is_ahead_of_us_in_a_race_is_named():
+    rows = [
+        ["mlflow-relay", "up", 5.0, 9],
+        ["theirs", "up", 4.0, 10],
+        ["theirs", "down", 1.0, 1],
+        ["others", "up", None, "raises"],
+    ]
+    columns = ["", "server", "start ms", "end ms"]
+
+    assert Table("Start", columns, rows, is_race=True).ahead_of("mlflow-relay") == [
+        "theirs in start ms (4, ours 5)"
+    ]
+    assert Table("Start", columns, rows).ahead_of("mlflow-relay") == []
+
+
 def test_the_page_has_all_figures_targets_and_plots(tmp_path):
     cases = json.loads(json.dumps({"intake": to_json(OUTCOME)}))
     found = {"machine": {"cores": "2"}, "size": "normal", "took_s": 7, "cases": cases}
