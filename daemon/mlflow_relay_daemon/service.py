@@ -153,6 +153,7 @@ class Service:
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
             self._runs.return_space()
+            self._runs.look_for_space()
             _notify_systemd("WATCHDOG=1")
 
     def _look(self) -> None:
@@ -163,7 +164,7 @@ class Service:
 
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(
-            sessions_open=len(self._intake.sessions), is_full=self._intake.is_full
+            sessions_open=len(self._intake.sessions), is_full=self._runs.is_full
         )
 
     def _is_idle_for_long(self) -> bool:

@@ -10,6 +10,7 @@ one run deadlock on PostgreSQL (mlflow#24923).
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import threading
@@ -48,6 +49,7 @@ class Lane:
 
     Args:
         on_news: called when the run has an id or a parent that others may wait for.
+        on_full: called when the disk is full; returns whether there is space now.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Lane:
         resolver: Resolver,
         letters: DeadLetters,
         lineage_params: LineageParams,
+        *,
         on_news: Callable[[], None],
+        on_full: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run = destination.run
         self.last_error: str | None = None
@@ -66,7 +70,7 @@ class Lane:
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
         self._rng = random.Random()
-        self._on_news = on_news
+        self._on_news, self._on_full = on_news, on_full
         self._to = destination
         translation = Translation(destination, resolver)
         self._creation = Creation(destination, resolver)
@@ -92,7 +96,8 @@ class Lane:
             self.is_blocked = True
             return self._trouble(error, BLOCKED_RETRY_S)
         except OSError as error:
-            return self._trouble(error, DISK_RETRY_S)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return self._trouble(error, 0.0 if is_full and self._on_full() else DISK_RETRY_S)
         self.last_error, self.is_blocked, self._failures = None, False, 0
         return delay_s
 

@@ -3,6 +3,7 @@
 <spool>/lock                   held while a daemon lives
 <spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
 <spool>/quarantine/            what could not be read; nothing in it is ever needed again
+<spool>/reserve                space for the cards of runs on a full disk
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
+from mlflow_relay_daemon.spool.reserve import Reserve
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 
 log = logging.getLogger(__name__)
 
-RUNS, QUARANTINE, LOCK, NODE = "runs", "quarantine", "lock", "node"
+RUNS, QUARANTINE, LOCK, NODE, RESERVE = "runs", "quarantine", "lock", "node", "reserve"
 #: How often the free space is asked for; between two questions at most a few groups are written.
 FREE_SPACE_EVERY_S = 0.2
 
@@ -70,9 +72,11 @@ class Spool:
         if lock is None:
             raise SpoolTaken(str(folder))
         self._lock = lock
-        self.node = self._node()
+        self.node = self._read_node()
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
+        self.reserve = Reserve(disk, folder / RESERVE)
+        self.reserve.restore(self.free_bytes())
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
         for path in sorted((folder / RUNS).iterdir()):
             if path.is_dir():  # else it is nothing of ours
@@ -89,6 +93,7 @@ class Spool:
             if why is not None:
                 raise RunLeftAlone(f"the daemon cannot read what it has of this run: {why}")
             self.check_space(0)
+            self._keep_node()
             folder = self.folder / RUNS / card.run_id
             self.disk.make_folder(folder)
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
@@ -99,7 +104,7 @@ class Spool:
         """Raises: OSError (ENOSPC, EDQUOT): no room for so many bytes, by our own limits."""
         if self.bytes_max is not None and self.segment_bytes() + size > self.bytes_max:
             raise OSError(errno.EDQUOT, f"the quota of {self.bytes_max} bytes is reached")
-        if self.free_bytes() - size < self.free_bytes_min:
+        if self.free_bytes() - size < self.free_bytes_min + self.reserve.missing_bytes:
             raise OSError(errno.ENOSPC, f"under {self.free_bytes_min} bytes are free")
 
     def segment_bytes(self) -> int:
@@ -131,13 +136,18 @@ class Spool:
             run.close()
         os.close(self._lock)
 
-    def _node(self) -> str:
+    def _read_node(self) -> str:
         """Return this spool's name among the nodes of a run: two on one machine differ."""
+        try:
+            return (self.folder / NODE).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return f"{os.uname().nodename}.{os.urandom(4).hex()}"
+
+    def _keep_node(self) -> None:
+        """Have the name on the disk before it is told: not before, the disk may be full."""
         path = self.folder / NODE
         if not path.exists():
-            name = f"{os.uname().nodename}.{os.urandom(4).hex()}"
-            self.disk.replace(path, name.encode(), durable=True)
-        return path.read_text(errors="replace").strip()
+            self.disk.replace(path, self.node.encode(), durable=True)
 
     # ── what is found at the start ──
 
