@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgpack
@@ -265,9 +266,9 @@ def to_step(step: Any) -> int:
 
 def chunks(items: Mapping[str, Any], size: int) -> Iterable[dict[str, Any]]:
     """Yield the items in dicts of at most `size`, in order."""
-    pairs = list(items.items())
-    for at in range(0, len(pairs), size):
-        yield dict(pairs[at : at + size])
+    rest = iter(items.items())
+    while part := dict(islice(rest, size)):
+        yield part
 
 
 def text_chunks(items: Mapping[str, str]) -> Iterable[dict[str, str]]:
