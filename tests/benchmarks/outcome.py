@@ -22,11 +22,12 @@ class Table:
     is_race: bool = False
 
     def ahead_of(self, us: str) -> list[str]:
-        """Return who is ahead of us in which column, among rows with the same words in them."""
+        """Return who is ahead of us in which column, among rows with the same words in them; names
+        in brackets do not take part."""
         found = []
         for ours in (row for row in self.rows if row[0] == us):
             for row in self.rows if self.is_race else ():
-                if row is ours or _words(row) != _words(ours):
+                if row is ours or str(row[0]).startswith("(") or _words(row) != _words(ours):
                     continue
                 pairs = zip(self.columns, row, ours, strict=True)
                 found += [

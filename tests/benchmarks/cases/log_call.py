@@ -15,6 +15,8 @@ PEERS = (
     "TensorBoard",
 )
 QUICK_PEERS = ("trackio",)  # the fastest: the one that a ratio is taken of
+#: What no call that keeps its values can be quicker than; says nothing of keys, losses or signals.
+FLOOR = "(floor: pack, CRC, copy)"
 COLUMNS = ["", "p50 µs", "p99 µs", "p99.9 µs", "max µs", "CPU µs/call"]
 FIGURES = ("p50", "p99", "p99.9", "max", "cpu_us")
 
@@ -91,17 +93,18 @@ def contexts(bench: Bench) -> Iterator[list[Logger]]:
             # Offline: what is delivered meanwhile would slow down the turns of the others.
             node = stack.enter_context(bench.node(name, offline=True))
             loggers.append(Logger(bench, name, OWN, node.environ, uri))
+        loggers.append(Logger(bench, FLOOR, "bare", dict(os.environ), uri))
         if bench.peers is not None:
             loggers += [Logger(bench, name, name, dict(os.environ), uri) for name in peers]
         yield loggers
 
 
 def _by_turns(loggers: list[Logger], rounds: int, job: dict) -> dict[str, dict[str, float]]:
-    rounds: dict[str, list[dict[str, float]]] = {each.name: [] for each in loggers}
+    found: dict[str, list[dict[str, float]]] = {each.name: [] for each in loggers}
     for _ in range(rounds):
         for logger in loggers:
-            rounds[logger.name].append(logger.measure(**job))
-    return {name: medians(found) for name, found in rounds.items()}
+            found[logger.name].append(logger.measure(**job))
+    return {name: medians(each) for name, each in found.items()}
 
 
 def _other_calls(loggers: list[Logger], outcome: Outcome) -> None:
