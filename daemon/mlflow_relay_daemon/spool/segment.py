@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     start: int
     end: int
     header: frames.Header | None  #: None: nothing can be read from start to end
-    records: list[bytes | None]  #: None: damaged
+    records: list[Any]  #: bytes as they were spooled, None: damaged; of other stores: records
     whole: bool  #: the frame's CRC holds
 
 
@@ -142,7 +142,7 @@ def _check_version(fd: int, start: int, end: int) -> None:
 def _find_frame(fd: int, start: int, end: int) -> int:
     """Return where the next whole frame begins; `end` if there is none."""
     data = os.pread(fd, end - start, start)
-    mark = frames.MAGIC + bytes((frames.VERSION,))
+    mark = frames.MAGIC
     at = data.find(mark)
     while at >= 0:
         try:
