@@ -38,6 +38,13 @@ class Objection(NamedTuple):
     is_refusal: bool = True  #: by MLflow's own word; False: its server stumbles over it
 
 
+class Points(NamedTuple):
+    """Metrics that have a time each, as other stores keep them; at most METRICS_MAX."""
+
+    timestamp_ms: int  #: of the newest
+    metrics: list[Metric]
+
+
 @dataclass
 class Batch:
     """What goes to MLflow in one request, and what follows from its delivery."""
@@ -54,7 +61,7 @@ class Batch:
     last_record_ms: int = 0
     bytes_estimate: int = 0
 
-    def has_room_for(self, record: Record) -> bool:
+    def has_room_for(self, record: Record | Points) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
         if isinstance(record, Artifact):
@@ -66,6 +73,8 @@ class Batch:
         match record:
             case Metrics():
                 metrics += len(record.keys)
+            case Points():
+                metrics += len(record.metrics)
             case Params():
                 params += len(record.items)
             case Tags():
@@ -77,7 +86,7 @@ class Batch:
             and metrics + params + tags <= ENTITIES_MAX
         )
 
-    def add(self, session: bytes, record: Record, known_params: dict[str, str]) -> None:
+    def add(self, session: bytes, record: Record | Points, known_params: dict[str, str]) -> None:
         """Take a record in.
 
         Args:
@@ -89,6 +98,8 @@ class Batch:
         match record:
             case Metrics(timestamp_ms, steps, keys, values):
                 self.metrics += zip(keys, values, [timestamp_ms] * len(keys), steps, strict=True)
+            case Points():
+                self.metrics += record.metrics
             case Params():
                 for key, value in record.items.items():
                     self._add_param(key, value, record.timestamp_ms, known_params)
@@ -173,10 +184,15 @@ def split(entries: list[Entry]) -> tuple[list[Metric], list[Param], list[Tag]]:
     return metrics, params, tags
 
 
-def _body_bytes(record: Record) -> int:
+def _body_bytes(record: Record | Points) -> int:
     match record:
+        case Points():
+            keys = sum(len(metric[0].encode()) for metric in record.metrics)
+            return keys + _METRIC_OVERHEAD_BYTES * len(record.metrics)
         case Metrics():
-            keys = sum(len(key) if key.isascii() else 4 * len(key) for key in record.keys)
+            keys = len(
+                "".join(record.keys).encode()
+            )  # asked twice of each record: no loop in Python
             return keys + _METRIC_OVERHEAD_BYTES * len(record.keys)
         case Params() | Tags():
             return 4 * sum(len(key) + len(value) for key, value in record.items.items())

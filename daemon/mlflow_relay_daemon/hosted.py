@@ -183,7 +183,7 @@ class Runs:
             for session, lost in lost_by_session.items():
                 card = run.card.sessions.get(session.hex())
                 if card is not None and not card.closed:
-                    card.closed, card.lost = True, lost
+                    card.closed, card.lost, card.next_seq = True, lost, run.next_seq(session)
                     closed.append(card)
             if closed:
                 try:
@@ -208,7 +208,7 @@ class Runs:
         """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
-                hosted.run.return_space()
+                hosted.run.return_space(is_needed=self.is_full)
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())

@@ -185,6 +185,13 @@ def test_where_there_is_no_room_files_stay_and_content_is_counted_as_lost(
     assert "no room for a copy" in caplog.text
 
 
+def test_a_run_that_has_ended_takes_no_file_and_keeps_none(run, tmp_path):
+    run.end()
+    with pytest.raises(mlflow_relay.RelayError, match="has ended"):
+        run.log_text("late", "late.txt")
+    assert list((tmp_path / "staging" / run.run_id).iterdir()) == []
+
+
 def test_a_record_comes_back_as_it_was():
     artifact = Artifact(7, "a/b", "0f" * 16, "copy", b"/x/\xff", 3, -4, b"0" * 16)
     assert unpack_record(pack_artifact(artifact)) == artifact

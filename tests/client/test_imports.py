@@ -23,7 +23,7 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service", "api"],
+    ["service", "api", "importers", "sync"],
     ["opening"],
     [
         "intake",
@@ -45,10 +45,9 @@ FLOORS = [
         "sinks",
         "spool",
         "lease",
-        "foreign",
         "reload",
     ],
-    ["states", "config", "control_client"],
+    ["states", "config", "control_client", "journal_folder", "foreign"],
     ["setting", "counters", "access"],
     ["exits", "logs", "systemd", "witness", "words"],
 ]

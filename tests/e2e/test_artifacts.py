@@ -35,8 +35,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if path.stat().st_size else ""
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def staged(node: Node) -> list[Path]:
@@ -280,8 +283,7 @@ def test_other_stores_are_reached_through_a_process_that_comes_and_goes(tmp_path
         assert node.daemon is not None
         run_id = last_json(finish([node.rank(EVERYTHING, tmp_path / "tree")])[0])
         run = node.wait_until_ended(run_id)
-        children = [" ".join(each.cmdline()) for each in psutil.Process(node.daemon.pid).children()]
-        assert any("artifacts.helper" in line for line in children)
+        (helper,) = helpers_of(node)
         with sqlite3.connect(database) as tables:
             (uri,) = tables.execute(
                 "SELECT artifact_uri FROM runs WHERE run_uuid = ?", (run["mlflow_run_id"],)
@@ -289,11 +291,25 @@ def test_other_stores_are_reached_through_a_process_that_comes_and_goes(tmp_path
         found = files_in(Path(uri.removeprefix("file://")))
         assert found["same.txt"] == b"third"
         assert {name: found[f"tree/{name}"] for name in content} == content
+        helper.kill()  # the next file has another
+        script = """
+            import sys, mlflow_relay
+            with mlflow_relay.start_run("artifacts", run_key=sys.argv[1]) as run:
+                run.log_text("after the helper's death", "later.txt")
+        """
+        finish([node.rank(script, f"{tmp_path} later")])
+        wait_until(lambda: len(node.status()["runs"]) == 2, "the other run is known")
+        (later,) = {run["run_id"] for run in node.status()["runs"]} - {run_id}
+        assert node.wait_until_ended(later)["artifacts"]["uploaded"] == 1
+        (helper,) = helpers_of(node)
         assert node.stop() == 0
-        helpers = [each for each in psutil.process_iter(["cmdline", "environ"])
-                   if "artifacts.helper" in " ".join(each.info["cmdline"] or ())
-                   and (each.info["environ"] or {}).get("MLFLOW_RELAY_SPOOL") == str(node.spool)]  # fmt: skip
-        assert helpers == []
+        wait_until(lambda: not helper.is_running(), "the helper goes with its daemon")
+
+
+def helpers_of(node: Node) -> list[psutil.Process]:
+    assert node.daemon is not None
+    children = psutil.Process(node.daemon.pid).children()
+    return [each for each in children if "artifacts.helper" in " ".join(each.cmdline())]
 
 
 def test_the_quota_keeps_ranks_from_staging_more_and_metrics_go_on(

@@ -33,6 +33,7 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    next_seq: int = 0  #: how many records it had, known when it was closed
 
 
 @dataclass
