@@ -4,6 +4,8 @@
 PYTHON ?= python3
 ARGS ?=
 QUICK ?=
+HOURS ?=
+SEED ?=
 # torch's usual build comes with CUDA, gigabytes of it: name another one if you have it at hand.
 PEERS_TORCH ?= torch
 VENV := .venv
@@ -37,8 +39,8 @@ bench: $(VENV)/.has-bench $(if $(QUICK),,$(PEERS)/.made)  ## the benchmarks, bes
 	@$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick,--report) \
 	  $(if $(wildcard $(PEERS)/.made)$(if $(QUICK),,whole),--peers $(PEERS)/bin/python) $(ARGS)
 
-torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time
-	@$(BIN)/python -m pytest -m torture $(ARGS)
+torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time: HOURS=1 SEED=…; docs/reliability.md
+	@$(BIN)/python -m tests.crash --report $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:  ## remove the environment, caches and what was built
 	@rm -rf $(VENV) $(PEERS) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
