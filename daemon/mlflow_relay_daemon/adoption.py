@@ -217,6 +217,7 @@ class Watcher:
             raise
         except FormatError as error:
             log.error("the journal of session %s: %s", session.hex(), error)
+            watched.next_seq = watched.lost = 0  # not to be trusted either
             return known
         watched.lost = base.lost
         # What was acknowledged before is in a spool, though perhaps not in this one.

@@ -135,18 +135,9 @@ def record_life(
     folder: Path,
     make_disk: Callable[[RecordingOs], Disk] = RecordedDisk,
     life: Callable[[RecordingOs, Disk], None] = live,
-    *,
-    may_stumble: bool = False,
 ) -> list[Moment]:
-    """Return the moments of a life that is lived in a new folder.
-
-    Args: may_stumble: a planted bug may end it early. Raises: what the life raises.
-    """
+    """Return the moments of a life that is lived in a new folder. Raises: what the life raises."""
     folder.mkdir()
     with recording(folder) as recorder:
-        try:
-            life(recorder, make_disk(recorder))
-        except OSError:
-            if not may_stumble:
-                raise
+        life(recorder, make_disk(recorder))
     return recorder.states

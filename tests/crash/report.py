@@ -10,7 +10,9 @@ from tests.crash.outcome import Outcome
 
 #: The cases, in the order in which they are run and reported, and what is asked of each.
 CASES = {
+    "planted": "Bugs planted on purpose: each must be caught",
     "states": "Crash states of the spool",
+    "corruption": "Damage: every byte flipped, cut, zeroed, doubled",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
 }
 #: What the issue asks for and no case here does yet.
