@@ -191,6 +191,7 @@ def live_by_chance(recorder: RecordingOs, disk: Disk, rng: random.Random) -> Non
     for _ in range(rng.randint(1, 3)):
         with opened(disk, recorder.root) as spool:
             run = spool.open_run(new_card(SESSIONS))
+            run.save_card()
             letters = DeadLetters(disk, run.folder)
             for _ in range(rng.randint(3, 12)):
                 _do_something(recorder, run, letters, rng)

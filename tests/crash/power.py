@@ -58,11 +58,20 @@ FOLDER = -1  #: stands for an inode where a name is a folder's
 
 @dataclass(frozen=True)
 class State:
-    """Files by inode; names, on the disk and as processes see them."""
+    """Files by inode; names, on the disk and as processes see them; names in the order in which
+    they changed."""
 
     files: dict[int, File] = field(default_factory=dict)
     durable: dict[str, int] = field(default_factory=dict)
     cached: dict[str, int] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
+
+    def with_names(self, cached: dict[str, int]) -> State:
+        """Return the state after a change of what processes see of names."""
+        every = sorted(self.cached.keys() | cached.keys())
+        new = tuple(each for each in every if self.cached.get(each) != cached.get(each))
+        former = tuple(each for each in self.changed if each not in new)
+        return replace(self, cached=cached, changed=former + new)
 
     def with_file(self, inode: int, file: File) -> State:
         return replace(self, files={**self.files, inode: file})
@@ -107,10 +116,8 @@ class RecordingOs:
             name, real_inode = self._name(path), self._real.fstat(fd).st_ino
             if is_new:
                 self.inodes[real_inode] = self._next
-                self.state = replace(
-                    self.state.with_file(self._next, File()),
-                    cached={**self.state.cached, name: self._next},
-                )
+                state = self.state.with_file(self._next, File())
+                self.state = state.with_names({**state.cached, name: self._next})
                 self._next += 1
                 self.note(f"create {name}")
             elif flags & os.O_TRUNC:
@@ -123,7 +130,9 @@ class RecordingOs:
 
     def write(self, fd: int, data: bytes) -> int:
         written = self._real.write(fd, data)
-        inode = self.inodes[self._real.fstat(fd).st_ino]
+        inode = self.inodes.get(self._real.fstat(fd).st_ino)
+        if inode is None:
+            return int(written)  # a file of somebody else
         file = self.state.files[inode]
         cached = file.cached + data[:written]
         self.state = self.state.with_file(inode, replace(file, cached=cached))
@@ -132,7 +141,9 @@ class RecordingOs:
 
     def ftruncate(self, fd: int, size: int) -> None:
         self._real.ftruncate(fd, size)
-        inode = self.inodes[self._real.fstat(fd).st_ino]
+        inode = self.inodes.get(self._real.fstat(fd).st_ino)
+        if inode is None:
+            return
         file = self.state.files[inode]
         bad = frozenset(at for at in file.bad if at < size)
         self.state = self.state.with_file(inode, replace(file, cached=file.cached[:size], bad=bad))
@@ -151,7 +162,9 @@ class RecordingOs:
             if path.is_relative_to(self.root):
                 self._sync_folder(self._name(path))
             return
-        inode = self.inodes[found.st_ino]
+        inode = self.inodes.get(found.st_ino)
+        if inode is None:
+            return
         file = self.state.files[inode]
         if self.sync_fails_after == 0:
             lost = range(len(file.durable), len(file.cached))
@@ -179,18 +192,18 @@ class RecordingOs:
         self._real.rename(old, new)
         names = dict(self.state.cached)
         names[self._name(new)] = names.pop(self._name(old))
-        self.state = replace(self.state, cached=names)
+        self.state = self.state.with_names(names)
         self.note(f"rename to {self._name(new)}")
 
     def folder_made(self, path: Path) -> None:
         if path.is_relative_to(self.root) and self._name(path) not in self.state.cached:
-            self.state = replace(self.state, cached={**self.state.cached, self._name(path): FOLDER})
+            self.state = self.state.with_names({**self.state.cached, self._name(path): FOLDER})
             self.note(f"mkdir {self._name(path)}")
 
     def removed(self, path: Path) -> None:
         names = dict(self.state.cached)
         if names.pop(self._name(path), None) is not None:
-            self.state = replace(self.state, cached=names)
+            self.state = self.state.with_names(names)
             self.note(f"unlink {self._name(path)}")
 
 
@@ -235,7 +248,8 @@ def layouts_after_power_failure(state: State) -> Iterator[tuple[str, Layout]]:
 
 
 def random_layouts(state: State, rng: random.Random, count: int) -> Iterator[Layout]:
-    """Yield some of all that may be found: any names, any sectors of any file."""
+    """Yield some of all that may be found: any sectors of any file; names up to any change, for
+    journaling file systems (ext4, XFS, btrfs) keep the order of these."""
     unsynced, pending = _unsynced(state), _pending(state)
     if not (unsynced or pending):
         return
@@ -249,9 +263,8 @@ def random_layouts(state: State, rng: random.Random, count: int) -> Iterator[Lay
             else:
                 contents[inode] = _some_sectors(file.kept, len(file.durable), rng)
         names = dict(state.durable)
-        for name in pending:
-            if rng.random() < 0.5:
-                _take(names, name, state)
+        for name in pending[: rng.randint(0, len(pending))]:
+            _take(names, name, state)
         yield layout_of(names, contents)
 
 
@@ -284,9 +297,8 @@ def names_after_power_failure(state: State) -> Iterator[tuple[str, dict[str, int
 
 
 def _pending(state: State) -> list[str]:
-    """Return the names that are not on the disk as processes see them."""
-    every = state.durable.keys() | state.cached.keys()
-    return sorted(each for each in every if state.durable.get(each) != state.cached.get(each))
+    """Return the names that are not on the disk as processes see them, as they changed."""
+    return [each for each in state.changed if state.durable.get(each) != state.cached.get(each)]
 
 
 def _take(names: dict[str, int], name: str, state: State) -> None:

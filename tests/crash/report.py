@@ -13,6 +13,7 @@ CASES = {
     "planted": "Bugs planted on purpose: each must be caught",
     "states": "Crash states of the spool",
     "corruption": "Damage: every byte flipped, cut, zeroed, doubled",
+    "model": "Model test: append, deliver, crash, full, damage, reload",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
 }
 #: What the issue asks for and no case here does yet.
