@@ -14,7 +14,9 @@ CASES = {
     "states": "Crash states of the spool",
     "corruption": "Damage: every byte flipped, cut, zeroed, doubled",
     "model": "Model test: append, deliver, crash, full, damage, reload",
+    "syscalls": "SIGKILL at every system call of the write path",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
+    "suite": "The tests that are too long for `make test`",
 }
 #: What the issue asks for and no case here does yet.
 MISSING = (
