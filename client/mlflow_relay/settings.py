@@ -10,6 +10,9 @@ from .errors import RelayError
 JOURNAL_BYTES_MAX = 256 << 20
 #: The longest that `end` may take.
 END_TIMEOUT_S = 5.0
+#: Smaller files are staged as copies rather than as hard links: a copy of 32 MiB takes some tens of
+#: milliseconds, and cannot change.
+LINK_BYTES_MIN = 32 << 20
 
 
 def journal_bytes_max(env: Mapping[str, str], given: object = None) -> int:
@@ -31,6 +34,14 @@ def end_timeout_s(env: Mapping[str, str], given: object = None) -> float:
     if given is not None:
         return _checked("end_timeout_s", given, 0)
     return _number(env, "MLFLOW_RELAY_END_TIMEOUT_S", END_TIMEOUT_S, 0)
+
+
+def link_bytes_min(env: Mapping[str, str]) -> float:
+    """Return MLFLOW_RELAY_LINK_BYTES_MIN: smaller files are staged as copies, never as hard links.
+
+    Raises: RelayError: no number, or negative.
+    """
+    return _number(env, "MLFLOW_RELAY_LINK_BYTES_MIN", LINK_BYTES_MIN, 0)
 
 
 def autostart(env: Mapping[str, str]) -> bool:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
@@ -22,6 +23,9 @@ from mlflow_relay_daemon.spool.card import Card, SessionCard
 from mlflow_relay_daemon.spool.run_spool import Arrival, RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
+
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Runs:
 
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
+        artifact_wait_s: how long the end of a run waits for its artifacts.
     """
 
     def __init__(
@@ -52,7 +57,11 @@ class Runs:
         breaker: Breaker | None,
         delivery: Delivery | None,
         lineage_params: LineageParams | None = None,
+        *,
+        artifact_wait_s: float = 0.0,
     ) -> None:
+        self._artifact_wait_s = artifact_wait_s
+        self.uploads: Uploads | None = None  #: set by the service, unless it is offline
         self._lineage_params = lineage_params or LineageParams()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
@@ -132,7 +141,7 @@ class Runs:
             for session, lost in lost_by_session.items():
                 card = run.card.sessions.get(session.hex())
                 if card is not None and not card.closed:
-                    card.closed, card.lost = True, lost
+                    card.closed, card.lost, card.next_seq = True, lost, run.next_seq(session)
                     closed.append(card)
             if closed:
                 try:
@@ -157,7 +166,7 @@ class Runs:
         """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
-                hosted.run.return_space()
+                hosted.run.return_space(is_needed=self.is_full)
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())
@@ -181,7 +190,9 @@ class Runs:
         letters = DeadLetters(self.spool.disk, run.folder)
         lane = None
         if self.sink is not None and self.breaker is not None:
-            destination = Destination(run, self.sink, self.breaker, self.spool.node)
+            destination = Destination(
+                run, self.sink, self.breaker, self.spool.node, self._artifact_wait_s
+            )
             resolver = Resolver(self.sink, self._card_of)
             lane = Lane(
                 destination,

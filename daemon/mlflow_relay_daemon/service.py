@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
@@ -26,10 +26,14 @@ from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.logs import set_up_logging
 from mlflow_relay_daemon.retry import Breaker
+from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
+
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +72,11 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stopping = False
+        self._uploads: Uploads | None = None
         self._looked_s = self._busy_s = time.monotonic()
         self._runtime_lock = _lock_runtime_folder(config)
         self._spool = _open_spool(config)
+        self._look_after_files()
         self._delivery = None
         sink = breaker = None
         if not config.offline:
@@ -81,7 +87,15 @@ class Service:
             )
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
-        self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
+        self._runs = Runs(
+            self._spool,
+            sink,
+            breaker,
+            self._delivery,
+            names,
+            artifact_wait_s=config.artifact_wait_s,
+        )
+        self._uploads = self._runs.uploads = sink and _open_uploads(config, self._runs, sink)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
@@ -117,19 +131,22 @@ class Service:
             for lane in lanes:
                 lane.leave()
             self._delivery.deliver_now(lanes)
-            while time.monotonic() < until_s and not self._delivery.is_idle():
+            while time.monotonic() < until_s and not self._is_delivered():
                 self._turn(0.05)
-            self._delivery.stop()
+            self._stop_delivery()
         self._runs.return_space()
-        left = sum(each.run.waiting_records() for each in self._runs.by_id.values())
-        if left:
+        hosted = self._runs.by_id.values()
+        left = sum(each.run.waiting_records() for each in hosted)
+        files = sum(len(each.run.artifacts.waiting) for each in hosted)
+        if left or files:
             log.warning(
-                "%d records are not in MLflow yet; they are kept in %s and delivered at the next "
-                "start",
+                "%d records and %d artifacts are not in MLflow yet; they are kept in %s and "
+                "delivered at the next start",
                 left,
+                files,
                 self._config.spool,
             )
-        return DONE if not left or self._config.offline else DEGRADED
+        return DONE if not (left or files) or self._config.offline else DEGRADED
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
@@ -138,8 +155,7 @@ class Service:
 
     def close(self) -> None:
         self._intake.close()
-        if self._delivery is not None:
-            self._delivery.stop()
+        self._stop_delivery()
         self._config.socket.unlink(missing_ok=True)
         self._spool.close()
         os.close(self._runtime_lock)
@@ -154,7 +170,28 @@ class Service:
             self._look()
             self._runs.return_space()
             self._runs.look_for_space()
+            self._look_after_files()
             _notify_systemd("WATCHDOG=1")
+
+    def _look_after_files(self) -> None:
+        try:
+            self._spool.publish_staging(self._config.socket)
+        except OSError as error:
+            log.debug("ranks are not told where to stage files: %s", error)
+        if self._uploads is not None:
+            self._uploads.look()
+
+    def _is_delivered(self) -> bool:
+        """Return whether lanes and artifacts have nothing to do."""
+        if self._delivery is None or self._uploads is None:
+            return True
+        return self._delivery.is_idle() and self._uploads.is_idle()
+
+    def _stop_delivery(self) -> None:
+        if self._uploads is not None:
+            self._uploads.stop()
+        if self._delivery is not None:
+            self._delivery.stop()
 
     def _look(self) -> None:
         self._looked_s = now_s = time.monotonic()
@@ -171,8 +208,7 @@ class Service:
         limit_s = self._config.exit_when_idle_s
         if limit_s is None:
             return False
-        delivering = self._delivery is not None and not self._delivery.is_idle()
-        if self._intake.sessions or delivering:
+        if self._intake.sessions or not self._is_delivered():
             self._busy_s = time.monotonic()
         return time.monotonic() - self._busy_s >= limit_s
 
@@ -227,6 +263,24 @@ def _open_spool(config: Config) -> Spool:
             f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
             "another --spool"
         ) from error
+
+
+def _open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:
+    """Nothing is started or connected before there is an artifact."""
+    from mlflow_relay_daemon.artifacts.helper_client import Helper
+    from mlflow_relay_daemon.artifacts.stores import Stores
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
+    from mlflow_relay_daemon.sinks.rest import RestSink
+
+    helper = Helper(config.tracking_uri, config.artifact_uploads)
+    return Uploads(
+        runs,
+        sink,
+        Stores(config.tracking_uri, is_direct=isinstance(sink, RestSink), helper=helper),
+        threads=config.artifact_uploads,
+        bytes_per_s=config.artifact_bytes_per_s,
+        wait_s_max=config.retry_wait_s_max,
+    )
 
 
 def _open_sink(config: Config) -> Any:

@@ -23,10 +23,10 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service"],
-    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane"],
+    ["service", "importers", "sync"],
+    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "artifacts"],
     ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
-    ["states", "config", "control_client"],
+    ["states", "config", "control_client", "journal_folder"],
     ["setting", "counters"],
     ["exits", "logs", "words"],
 ]
@@ -207,6 +207,7 @@ def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agre
         *(
             "_version",
             "errors",
+            "fingerprint",
             "frames",
             "journal_files",
             "lineage",

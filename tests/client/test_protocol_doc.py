@@ -120,7 +120,7 @@ def _both_ways() -> str:
 
 
 def test_every_record_kind_is_described():
-    kinds = {"METRICS", "PARAMS", "TAGS", "END"}
+    kinds = {"METRICS", "PARAMS", "TAGS", "END", "ARTIFACT"}
     assert {kind.__name__.upper() for kind in records.Record.__args__} == kinds
     described = {
         cells[1]: int(cells[0]) for cells in rows(section("6. Records")) if cells[0].isdigit()
@@ -245,4 +245,4 @@ def test_the_longest_text_is_what_the_table_says():
 def test_the_versions_are_those_of_the_code():
     assert '`"v"` is always there and is the protocol version, 1' in DOCUMENT
     assert messages.PROTOCOL_VERSION == 1
-    assert frames.VERSION == 1
+    assert (frames.VERSION, frames.VERSIONS) == (2, (1, 2))

@@ -17,16 +17,22 @@ import threading
 import time
 from collections.abc import Callable
 
+from mlflow_relay.errors import VersionError
 from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
 from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
+from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.lane.waits import held_texts
 from mlflow_relay_daemon.retry import backoff_s
-from mlflow_relay_daemon.sinks import NotYet, Permanent, SinkError, TryAgain
+from mlflow_relay_daemon.sinks import NotYet, Permanent, RunInfo, SinkError, TryAgain
+from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunEvent, RunState, next_state
 
 log = logging.getLogger(__name__)
@@ -40,6 +46,8 @@ FULL_BATCH_BYTES = 64 << 10
 REST_WAIT_S = 0.25
 #: A create that was given up long ago may still come to the server: look for it after this time.
 LATE_LOOK_S = 60.0
+#: After so long without a delivery a sync may have brought what waits here.
+SYNC_LOOK_AFTER_S = 60.0
 #: How long a run waits while its dead letters or its card cannot be written.
 DISK_RETRY_S = 5.0
 
@@ -69,6 +77,7 @@ class Lane:
         self._failures = 0
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
+        self._delivered_s = float("-inf")
         self._rng = random.Random()
         self._on_news, self._on_full = on_news, on_full
         self._to = destination
@@ -77,6 +86,7 @@ class Lane:
         self._links = Links(destination, resolver, translation, lineage_params, letters)
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
+        self._artifacts = ArtifactWord(destination)
 
     def work(self) -> float | None:
         """Do one step, and return in how many seconds there is another; None: when told.
@@ -92,7 +102,7 @@ class Lane:
         except TryAgain as error:
             self._failures += 1
             return self._trouble(error, backoff_s(self._failures, self._rng))
-        except Permanent as error:
+        except (Permanent, VersionError) as error:  # a frame of a later release: its to deliver
             self.is_blocked = True
             return self._trouble(error, BLOCKED_RETRY_S)
         except OSError as error:
@@ -124,7 +134,7 @@ class Lane:
         """The daemon stops: tell what can be told now, and wait for no other node."""
         self._ending.is_leaving = True
 
-    def _trouble(self, error: SinkError | OSError, wait_s: float) -> float:
+    def _trouble(self, error: SinkError | VersionError | OSError, wait_s: float) -> float:
         text = str(error)
         if text != self.last_error:
             log.warning("run %s: %s", self.run.card.run_id, text)
@@ -143,13 +153,19 @@ class Lane:
                 self._ending.take_back()
         if self._links.tell():
             self._on_news()
+        self._look_for_sync()
         if self._batches.deliver_next(self._failures):
+            self._delivered_s = time.monotonic()
             waiting = self.run.waiting_bytes()
             # A rest that fills no request waits for more, as a first record does.
             return REST_WAIT_S if 0 < waiting < FULL_BATCH_BYTES and self._ranks_alive() else 0.0
         if self._is_over():
             if card.state is RunState.OPEN:
+                wait_s = self._artifacts.wait_s()
+                if wait_s is not None and not self._ending.is_leaving:
+                    return wait_s
                 self._to.ask(self._creation.remove_doubles)
+            self._artifacts.tell()  # first: who sees the end sees what is to come
             self._ending.tell()
         waits = [self._late_doubles_s()]
         if self._links.is_waiting():
@@ -193,10 +209,34 @@ class Lane:
                 parent.mlflow_run_id = found.tags.get(PARENT_TAG)
             card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
             card.run_name = found.run_name
+            card.held += [text for text in held_texts(found.tags) if text not in card.held]
+            self._pass_over_synced(found)
             card.state = next_state(card.state, RunEvent.CREATED)
             self.run.save_card()
         log.info("run %s is MLflow run %s", card.run_id, found.run_id)
         self._on_news()
+
+    def _look_for_sync(self) -> None:
+        """Somebody may have synced the spool while the server was away from here."""
+        now_s = time.monotonic()
+        is_backlog = self.run.waiting_bytes() >= FULL_BATCH_BYTES
+        if is_backlog and now_s - self._delivered_s >= SYNC_LOOK_AFTER_S:
+            to = self._to
+            self._pass_over_synced(to.ask(lambda: to.sink.get_run(to.mlflow_run_id)))
+
+    def _pass_over_synced(self, found: RunInfo) -> None:
+        """What a sync has brought of this spool, while the daemon could not, is not sent again."""
+        self._delivered_s = time.monotonic()
+        synced = Progress.read(found.tags, self._to.node)
+        if not synced.seen or not synced.is_whole:
+            return  # what is passed over brings no artifact
+        mark = Watermark(**vars(self.run.mark))
+        seen = Sequences(mark.sequences)
+        for session, next_seq in synced.sessions().items():
+            seen.add(session, 0, next_seq)
+        mark.sequences = seen.save()
+        mark.last_record_ms = max(mark.last_record_ms, synced.last_record_ms)
+        self.run.settle(mark)
 
     def _ranks_alive(self) -> bool:
         with self.run.lock:

@@ -33,6 +33,7 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    next_seq: int = 0  #: how many records it had, known when it was closed
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Card:
     parent: Link | None = None  #: the run that is resumed
     fork: Link | None = None  #: the run whose weights this one started from
     is_introduced: bool = False  #: MLflow has the params that say that it is its own origin
+    has_artifacts_to_come: bool = False  #: MLflow has been told so
     held: list[list[Any]] = field(default_factory=list)  #: texts that wait for a translation
     state: RunState = RunState.NEW
     experiment_id: str | None = None

@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     start: int
     end: int
     header: frames.Header | None  #: None: nothing can be read from start to end
-    records: list[bytes | None]  #: None: damaged
+    records: list[Any]  #: bytes as they were spooled, None: damaged; of other stores: records
     whole: bool  #: the frame's CRC holds
 
 
@@ -142,7 +142,7 @@ def _check_version(fd: int, start: int, end: int) -> None:
 def _find_frame(fd: int, start: int, end: int) -> int:
     """Return where the next whole frame begins; `end` if there is none."""
     data = os.pread(fd, end - start, start)
-    mark = frames.MAGIC + bytes((frames.VERSION,))
+    mark = frames.MAGIC
     at = data.find(mark)
     while at >= 0:
         try:
@@ -199,7 +199,8 @@ class Writer:
 def _gathered(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
     """Yield what to write: large frames as they are, runs of small ones in one piece.
 
-    To join is to copy: half as dear as the write itself. A write costs as much as to copy 30 KB.
+    Measured with 32 frames: of 1 KiB, joined 8 µs, apart 45; of 64 KiB, 555 and 505; of 256 KiB,
+    6.3 and 2.2 ms.
     """
     small: list[bytes | memoryview] = []
     for part in parts:

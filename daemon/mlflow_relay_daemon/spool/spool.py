@@ -2,6 +2,7 @@
 
 <spool>/lock                   held while a daemon lives
 <spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
+<spool>/staging/               files that are to be artifacts
 <spool>/quarantine/            what could not be read; nothing in it is ever needed again
 <spool>/reserve                space for the cards of runs on a full disk
 """
@@ -22,6 +23,7 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.reserve import Reserve
 from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.staging import QUOTA_PART, Staging
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Spool:
     Args:
         folder: made if it is not there, for this user alone.
         segment_bytes_max: size at which a run's segment is followed by another.
-        bytes_max: quota of all segments, None: none.
+        bytes_max: quota of all segments and staged files, None: none.
         free_bytes_min: free space that is left to others.
 
     Raises: SpoolTaken; OSError: the folder cannot be made or written.
@@ -73,6 +75,7 @@ class Spool:
             raise SpoolTaken(str(folder))
         self._lock = lock
         self.node = self._read_node()
+        self.staging = Staging(disk, folder)
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
         self.reserve = Reserve(disk, folder / RESERVE)
@@ -102,7 +105,7 @@ class Spool:
 
     def check_space(self, size: int) -> None:
         """Raises: OSError (ENOSPC, EDQUOT): no room for so many bytes, by our own limits."""
-        if self.bytes_max is not None and self.segment_bytes() + size > self.bytes_max:
+        if self.bytes_max is not None and self._bytes() + size > self.bytes_max:
             raise OSError(errno.EDQUOT, f"the quota of {self.bytes_max} bytes is reached")
         if self.free_bytes() - size < self.free_bytes_min + self.reserve.missing_bytes:
             raise OSError(errno.ENOSPC, f"under {self.free_bytes_min} bytes are free")
@@ -110,6 +113,20 @@ class Spool:
     def segment_bytes(self) -> int:
         """Return what the segments of all runs take."""
         return sum(run.segment_bytes() for run in list(self.runs.values()))
+
+    def _bytes(self) -> int:
+        """What counts for the quota. Of staged files only those that are known from their records:
+        the others can only be uploaded, and make space, when their records are taken."""
+        staged = sum(run.artifacts.staged_bytes for run in list(self.runs.values()))
+        return self.segment_bytes() + staged
+
+    def publish_staging(self, socket: Path) -> None:
+        """Tell ranks where to stage files, and how much may come. Raises: OSError."""
+        left = None
+        if self.bytes_max is not None:
+            filled = self.segment_bytes() + self.staging.bytes()
+            left = max(0, int(self.bytes_max * QUOTA_PART) - filled)
+        self.staging.publish(socket, self.free_bytes_min, left)
 
     def free_bytes(self) -> int:
         """Return the free space of the spool's disk, a moment old at most."""
@@ -176,7 +193,7 @@ class Spool:
         except VersionError:
             raise
         except (FormatError, FileNotFoundError) as error:
-            card = _card_in_segments(folder)
+            card = card_in_segments(folder)
             if card is None:
                 raise FormatError(str(error)) from error
             if (folder / cards.NAME).exists():
@@ -185,7 +202,7 @@ class Spool:
             return card
 
 
-def _card_in_segments(folder: Path) -> Card | None:
+def card_in_segments(folder: Path) -> Card | None:
     """Return the card as it was when the newest readable segment was begun."""
     for number in reversed(segment.numbers_in(folder)):
         fd = os.open(segment.path_of(folder, number), os.O_RDONLY | os.O_CLOEXEC)
