@@ -15,16 +15,14 @@ from tests.crash.life import SEGMENT_BYTES, SESSIONS, check, live, opened
 from tests.crash.power import (
     Known,
     Layout,
-    RecordedDisk,
-    RecordingOs,
     State,
     lay_out,
     layout_after_kill,
     layout_of,
     layouts_after_power_failure,
     random_layouts,
-    recording,
 )
+from tests.crash.recorder import RecordedDisk, RecordingOs, recording
 from tests.support.spools import RUN_ID
 
 Moment = tuple[str, State, Known]

@@ -18,7 +18,8 @@ from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
-from tests.crash.power import Known, RecordingOs
+from tests.crash.power import Known
+from tests.crash.recorder import RecordingOs
 from tests.support import spools
 from tests.support.spools import RUN_ID, SESSION, found_in, frame, new_card
 

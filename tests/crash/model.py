@@ -31,14 +31,12 @@ from tests.crash.power import (
     File,
     Known,
     Layout,
-    RecordedDisk,
-    RecordingOs,
     State,
     lay_out,
     layout_after_kill,
     random_layouts,
-    recording,
 )
+from tests.crash.recorder import RecordedDisk, RecordingOs, recording
 from tests.support.spools import found_in, new_card
 
 groups = st.lists(st.tuples(st.sampled_from(SESSIONS), st.integers(1, 9)), min_size=1, max_size=4)

@@ -21,6 +21,7 @@ CASES = {
 #: What the issue asks for and no case here does yet.
 MISSING = (
     "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
+    "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
     "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
     "10,000 faults of the network in one run; two nodes with a partition between them",
     "10 million inputs of a coverage-guided fuzzer for the decoders",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import asdict
 
 import pytest
@@ -59,3 +60,9 @@ def test_a_case_that_fails_itself_is_no_success(monkeypatch, capsys, tmp_path):
     assert runner.main(["--only", "states", "--hours", "0", "--seed", "7", "--report"]) == 1
 
     assert "ZeroDivisionError" in (tmp_path / "reliability.md").read_text()
+
+
+def test_the_page_is_made_from_its_figures_and_from_nothing_else():
+    rows = json.loads(runner.REPORT.with_suffix(".json").read_text())
+
+    assert runner.REPORT.read_text() == report.as_page(rows)

@@ -19,7 +19,7 @@ import pytest
 
 from tests.crash.explorer import Explorer, record_life
 from tests.crash.life import live_by_chance
-from tests.crash.power import RecordedDisk
+from tests.crash.recorder import RecordedDisk
 
 
 @pytest.fixture
