@@ -54,7 +54,7 @@ $(PEERS)/.made: | $(VENV)/.made
 	@echo "Installing the peers of the benchmarks into $(PEERS); this takes some minutes, once."
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  pyzmq msgpack mlflow wandb neptune-scale trackio tensorboardX mlflow-export-import numpy
+	  pyzmq msgpack mlflow wandb neptune-scale trackio tensorboardX mlflow-export-import tabulate numpy
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check '$(PEERS_TORCH)' || \
 	  echo "without torch: its scalars are not measured"
 	@touch $@
