@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files at work at the same time; JOBS=0: one after the other, and ARGS=-s shows what they print.
+JOBS ?= 3
 QUICK ?=
 HOURS ?=
 SEED ?=
@@ -23,7 +25,7 @@ demo: $(VENV)/.has-demo  ## the whole story on this machine, with an embedded ML
 	@$(BIN)/mlflow-relay demo $(ARGS)
 
 test: $(VENV)/.has-test  ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.has-dev  ## ruff: rules and format
 	@$(BIN)/ruff check . $(ARGS)
