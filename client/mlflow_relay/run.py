@@ -172,6 +172,7 @@ class Run:
             "tags": {**tags, **launch_tags(who)},
             "primary": True,
             "node_count": _node_count(who),
+            **_node_rank(who),
             **lineage,
         }
         self._session: Session | None = self._open_session()
@@ -345,6 +346,16 @@ def _node_count(who: Launch) -> int:
     if who.node_count is None and who.local_world_size == who.world_size:
         return 1
     return who.node_count or 0
+
+
+def _node_rank(who: Launch) -> dict[str, int]:
+    """Return what the card says of this node's number among the job's nodes; nothing if untold."""
+    if who.node_rank is not None:
+        return {"node_rank": who.node_rank}
+    first = who.rank - who.local_rank  # of the ranks here, where each node has its share in a row
+    if who.local_world_size and first >= 0 and first % who.local_world_size == 0:
+        return {"node_rank": first // who.local_world_size}
+    return {}
 
 
 def _now_ms() -> int:

@@ -40,6 +40,7 @@ class Attachment:
     resume: str = ""
     resume_mode: str = "child"
     fork: str = ""
+    node_rank: int | None = None  #: None: not told
 
     def new_card(self) -> Card:
         """Return the card of a run that nothing was known of."""
@@ -67,6 +68,7 @@ class Attachment:
             primary=self.primary,
             start_ms=self.start_ms,
             first_seq=self.first_seq,
+            node_rank=self.node_rank,
         )
 
 
@@ -102,6 +104,7 @@ def read_attachment(payload: bytes) -> Attachment:
         resume_mode=mode,
         fork=_run_id(fields, "fork", optional=True),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
+        node_rank=_whole(fields, "node_rank") if "node_rank" in fields else None,
     )
 
 

@@ -160,6 +160,21 @@ class Config:
         default=("config.training.fork_run_id",),
         metadata=_setting("names", "Params that name the run that was forked.", optional=True),
     )  # fmt: skip
+    node_metrics: bool = field(
+        default=True,
+        metadata=_setting("switch", "Log CPU, memory, disk, network and GPUs of this node for each "
+                          "run that has a living rank here.", flag="--node-metrics"),
+    )  # fmt: skip
+    node_metrics_interval_s: float = field(
+        default=10.0,
+        metadata=_setting("seconds", "How often that is measured.",
+                          flag="--node-metrics-interval", least=0.1, most=3600),
+    )  # fmt: skip
+    rank_process_metrics: bool = field(
+        default=False,
+        metadata=_setting("switch", "Measure the process of each rank, too.",
+                          flag="--rank-process-metrics"),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",

@@ -25,6 +25,8 @@ from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.logs import set_up_logging
+from mlflow_relay_daemon.node_metrics import NodeMetrics
+from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
@@ -83,6 +85,7 @@ class Service:
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
         self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
+        self._node_metrics = _open_node_metrics(config, self._runs, self._watcher)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
         self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
@@ -152,6 +155,8 @@ class Service:
             if self._intake.bind_again():
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
+            if self._node_metrics is not None and not self._watcher.is_behind:
+                self._node_metrics.look(self._looked_s)
             self._runs.return_space()
             _notify_systemd("WATCHDOG=1")
 
@@ -231,6 +236,17 @@ def _open_sink(config: Config) -> Any:
         return open_sink(config.tracking_uri, timeout_s=config.request_timeout_s)
     except ValueError as error:
         raise CommandError(str(error)) from error
+
+
+def _open_node_metrics(config: Config, runs: Runs, watcher: Watcher) -> NodeMetrics | None:
+    if not config.node_metrics:
+        return None
+    return NodeMetrics(
+        runs,
+        OwnRecords(runs),
+        interval_s=config.node_metrics_interval_s,
+        pid_of=watcher.pid_of if config.rank_process_metrics else None,
+    )
 
 
 def _notify_systemd(message: str) -> None:

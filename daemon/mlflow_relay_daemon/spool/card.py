@@ -31,6 +31,7 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    node_rank: int | None = None  #: number of its node in the job; None: not told
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
 from pathlib import Path
 
 
@@ -92,3 +93,15 @@ def try_lock(fd: int) -> bool:
             return False
         raise
     return True
+
+
+#: struct flock of fcntl(2): type, whence, start, length, pid.
+_FLOCK = struct.Struct("@hhqqi")
+
+
+def lock_holder(fd: int) -> int | None:
+    """Return the process that holds a lock on the open file; None: nobody, or one that this process
+    cannot see."""
+    answer = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    kind, _, _, _, pid = _FLOCK.unpack(answer)
+    return pid if kind != fcntl.F_UNLCK and pid > 0 else None
