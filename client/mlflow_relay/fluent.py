@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import RelayError
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
 
     from .run import Run
@@ -70,6 +71,54 @@ def set_tag(key: str, value: Any) -> None:
 def set_tags(tags: Mapping[str, Any]) -> None:
     """Set tags of the active run, see Run.set_tags."""
     _needed("set_tags").set_tags(tags)
+
+
+def log_artifact(
+    local_path: str | os.PathLike[str], artifact_path: str | None = None, *, copy: bool = True
+) -> None:
+    """Log a file of the active run, see Run.log_artifact."""
+    _needed("log_artifact").log_artifact(local_path, artifact_path, copy=copy)
+
+
+def log_artifacts(
+    local_dir: str | os.PathLike[str], artifact_path: str | None = None, *, copy: bool = True
+) -> None:
+    """Log all files of a folder, see Run.log_artifacts."""
+    _needed("log_artifacts").log_artifacts(local_dir, artifact_path, copy=copy)
+
+
+def log_text(text: str, artifact_file: str) -> None:
+    """Log text as a file of the active run, see Run.log_text."""
+    _needed("log_text").log_text(text, artifact_file)
+
+
+def log_dict(dictionary: Mapping[str, Any] | list[Any], artifact_file: str) -> None:
+    """Log a dict as JSON or YAML, see Run.log_dict."""
+    _needed("log_dict").log_dict(dictionary, artifact_file)
+
+
+def log_figure(
+    figure: Any, artifact_file: str, *, save_kwargs: Mapping[str, Any] | None = None
+) -> None:
+    """Log a figure of matplotlib or plotly, see Run.log_figure."""
+    _needed("log_figure").log_figure(figure, artifact_file, save_kwargs=save_kwargs)
+
+
+def log_image(  # noqa: PLR0917  # mlflow's order
+    image: Any,
+    artifact_file: str | None = None,
+    key: str | None = None,
+    step: int | None = None,
+    timestamp: int | None = None,
+    synchronous: bool | None = None,
+) -> None:
+    """Log an image of the active run, see Run.log_image."""
+    _needed("log_image").log_image(image, artifact_file, key, step, timestamp, synchronous)
+
+
+def log_table(data: Any, artifact_file: str) -> None:
+    """Log rows of a table, see Run.log_table."""
+    _needed("log_table").log_table(data, artifact_file)
 
 
 def _needed(function: str) -> Run:

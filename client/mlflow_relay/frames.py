@@ -18,7 +18,8 @@ from zlib import crc32
 from .errors import FormatError, VersionError
 
 MAGIC = b"MRF"
-VERSION = 1
+#: 2 has records of kind ARTIFACT; what is written is 2, what is read is both.
+VERSION, VERSIONS = 2, (1, 2)
 ENTRY = struct.Struct("<II")
 ENTRY_BYTES = ENTRY.size
 _HEADER = struct.Struct("<3sB16sQIII")
@@ -70,8 +71,8 @@ def read_header(data: bytes | memoryview, offset: int = 0) -> Header:
     magic, version, session, first_seq, count, body_bytes, crc = _HEADER.unpack_from(data, offset)
     if magic != MAGIC:
         raise FormatError("no frame begins here")
-    if version != VERSION:
-        raise VersionError(f"frame of version {version}; this release reads version {VERSION}")
+    if version not in VERSIONS:
+        raise VersionError(f"frame of version {version}; this release reads up to {VERSION}")
     if body_bytes > FRAME_BYTES_MAX or count < 1 or body_bytes < count * ENTRY_BYTES:
         raise FormatError(f"frame of {count} records in {body_bytes} bytes")
     return Header(session, first_seq, count, body_bytes, crc)
@@ -101,10 +102,10 @@ def check_other_version(data: bytes | bytearray) -> None:
     version = data[len(MAGIC)]
     body_bytes, crc = int.from_bytes(data[32:36], "little"), int.from_bytes(data[36:40], "little")
     whole = HEADER_BYTES + body_bytes
-    if version == VERSION or whole > len(data):
+    if version in VERSIONS or whole > len(data):
         return
     if crc32(data[HEADER_BYTES:whole], crc32(data[:_CRC_AT])) == crc:
-        raise VersionError(f"frame of version {version}; this release reads version {VERSION}")
+        raise VersionError(f"frame of version {version}; this release reads up to {VERSION}")
 
 
 def read_frame(data: bytes) -> Header:

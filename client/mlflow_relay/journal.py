@@ -175,9 +175,14 @@ class Journal:
                 if self._sealed:
                     raise RelayError("the run has ended: start_run makes a new one")
                 if not self._roll(size):
-                    self.lost += 1
-                    self._words[LOST_WORD] = self.lost
+                    self.lose()
                     return False
+
+    def lose(self) -> None:
+        """Count a log call whose content cannot be kept."""
+        with self._lock:
+            self.lost += 1
+            self._words[LOST_WORD] = self.lost
 
     def seal(self, record: bytes) -> None:
         """Keep the last record; there is room for it. What comes later is refused."""

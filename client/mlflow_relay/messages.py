@@ -34,7 +34,7 @@ REPLY = b"r"  #: answer to CONTROL (map: v, ok, ...)
 
 SESSION_BYTES = 16
 TEXT_CHARS_MAX = 2000  #: of one field of an ATTACH
-MESSAGE_BYTES_MAX = 8 << 20  #: ZMQ_MAXMSGSIZE on both sides: more than any frame
+MESSAGE_BYTES_MAX = 8 << 20  #: more than any frame
 _SESSION_AND_NUMBER = struct.Struct("<16sQ")
 
 
@@ -46,6 +46,13 @@ def pack_ack(session: bytes, next_seq: int) -> bytes:
 def pack_detach(session: bytes, lost: int) -> bytes:
     """Return the payload of a DETACH. Args: lost: log calls that found the journal full."""
     return _SESSION_AND_NUMBER.pack(session, lost)
+
+
+def unpack_session(payload: bytes) -> bytes:
+    """Return the session of an ALIVE. Raises: FormatError: not 16 bytes."""
+    if len(payload) != SESSION_BYTES:
+        raise FormatError(f"{len(payload)} bytes for a session")
+    return payload
 
 
 def unpack_ack(payload: bytes) -> tuple[bytes, int]:

@@ -36,6 +36,11 @@ def journal_dir(socket: Path) -> Path:
     return socket.parent / "journals"
 
 
+def staging_notice(socket: Path) -> Path:
+    """Return the file in which the daemon of this socket says where files are to be staged."""
+    return socket.parent / "staging"
+
+
 def private_dir(path: Path) -> Path:
     """Make the folder, for this user alone (0700), and return it.
 

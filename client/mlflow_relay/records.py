@@ -6,6 +6,7 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     PARAMS   [2, t, {key: value}]
     TAGS     [3, t, {key: value}]
     END      [4, t, status, reason]
+    ARTIFACT [5, t, path, id, where, file, size, modified in ns, digest]
 
 The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
 call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
@@ -14,6 +15,9 @@ NumPy's, torch's) in C. It reads back as msgpack like the others.
 
 from __future__ import annotations
 
+import os
+import posixpath
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,7 +27,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END = 1, 2, 3, 4
+METRICS, PARAMS, TAGS, END, ARTIFACT = 1, 2, 3, 4, 5
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -33,9 +37,17 @@ TEXT_CHARS_PER_RECORD_MAX = RECORD_BYTES_MAX // 8
 #: A key is for people to read; MLflow takes 250 characters, and says so in a dead letter.
 KEY_CHARS_MAX = 1000
 
+NAME_BYTES_MAX = 255  # of a file on Linux
+ARTIFACT_PATH_BYTES_MAX = 800  # an object's key in S3 has 1024, the run's own part among them
+
+#: Where an artifact's bytes lie: in a file of ours that nobody else writes to; in one that is a
+#: hard link to the user's; in the user's own file.
+COPY, LINK, PLACE = "copy", "link", "place"
+
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
 
+_ID = re.compile(r"[0-9a-f]{32}")
 _INT64 = 0xD3
 _METRICS_HEAD = bytes((0x95, METRICS, _INT64))
 _LAYOUTS_MAX = 1024  # key sets kept; a program that makes up keys at each call must not grow
@@ -69,7 +81,20 @@ class End(NamedTuple):
     reason: str  #: "" if there is nothing to tell
 
 
-Record = Metrics | Params | Tags | End
+class Artifact(NamedTuple):
+    """A file that is to be a run's artifact, as it was at the call."""
+
+    timestamp_ms: int
+    path: str  #: where it goes, from the run's artifact root; checked by `check_artifact_path`
+    id: str  #: 32 hex digits, made up for this call
+    where: str  #: COPY, LINK or PLACE
+    file: bytes  #: absolute path on the rank's node, as the kernel knows it
+    size: int
+    modified_ns: int
+    digest: bytes  #: of samples: see staging.sample_digest
+
+
+Record = Metrics | Params | Tags | End | Artifact
 
 
 class MetricsPacker:
@@ -137,6 +162,11 @@ def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
     return _packed([END, timestamp_ms, status, reason])
 
 
+def pack_artifact(artifact: Artifact) -> bytes:
+    """Return the record of an artifact; its path must have passed `check_artifact_path`."""
+    return _packed([ARTIFACT, *artifact])
+
+
 def unpack_record(record: bytes) -> Record:
     """Return the call that a record holds, every type checked.
 
@@ -161,6 +191,9 @@ def unpack_record(record: bytes) -> Record:
                 if status not in END_STATUSES:
                     raise FormatError(f"a run cannot end {status!r}")
                 return End(timestamp_ms, status, reason)
+            case [kind, timestamp_ms, *rest] if kind == ARTIFACT and len(rest) == 7:
+                _check_kind_and_time(kind, timestamp_ms)
+                return _checked_artifact(Artifact(timestamp_ms, *rest))
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
@@ -177,6 +210,36 @@ def check_key(what: str, key: object) -> str:
     if len(key) > KEY_CHARS_MAX:
         raise ValueError(f"{what} key {_short(key)} has {len(key)} characters: log it as a value")
     return _encodable(f"{what} key", key)
+
+
+def check_artifact_path(path: object) -> str:
+    """Return the path of an artifact within its run. Raises: TypeError, ValueError: it is none.
+
+    Stores differ in what they make of a path that goes up, or that names one place in two ways.
+    """
+    if isinstance(path, os.PathLike):
+        path = os.fspath(path)
+    if not isinstance(path, str):
+        raise TypeError(f"artifact path {path!r} is a {type(path).__name__}; it must be a str")
+    _encodable("artifact path", path)
+    if (
+        path.startswith("/")
+        or path != posixpath.normpath(path)
+        or path.split("/")[0] in ("..", ".")
+    ):
+        raise ValueError(
+            f"artifact path {_short(path)} is not a plain relative path: no '..', no '.', no "
+            "empty part, no '/' at either end"
+        )
+    if "\0" in path or any(len(part.encode()) > NAME_BYTES_MAX for part in path.split("/")):
+        raise ValueError(
+            f"artifact path {_short(path)}: a name in it has over {NAME_BYTES_MAX} bytes, or a NUL"
+        )
+    if len(path.encode()) > ARTIFACT_PATH_BYTES_MAX:
+        raise ValueError(
+            f"artifact path {_short(path)} is longer than {ARTIFACT_PATH_BYTES_MAX} bytes"
+        )
+    return path
 
 
 def to_text(what: str, key: str, value: object) -> str:
@@ -287,6 +350,19 @@ def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> 
         raise FormatError("a key that is no text, or a step that is no number")
     if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
         raise FormatError("a step beyond 64 bits")
+
+
+def _checked_artifact(artifact: Artifact) -> Artifact:
+    types = (int, str, str, str, bytes, int, int, bytes)
+    if tuple(map(type, artifact)) != types or artifact.where not in (COPY, LINK, PLACE):
+        raise FormatError("an artifact with a field of a wrong type")
+    if not _ID.fullmatch(artifact.id) or artifact.size < 0:
+        raise FormatError("an artifact with an id or size that cannot be")
+    try:
+        check_artifact_path(artifact.path)
+    except ValueError as error:
+        raise FormatError(str(error)) from None
+    return artifact
 
 
 def _check_texts(items: Mapping[Any, Any]) -> Mapping[str, str]:

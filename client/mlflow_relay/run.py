@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from . import fluent, records, settings
+from .artifacts import ArtifactCalls
 from .autostart import start_daemon
 from .errors import RelayError
 from .launch import Launch, detect, launcher_process, random_key, relay_run_id
@@ -116,7 +117,7 @@ def start_run(
     return run
 
 
-class Run:
+class Run(ArtifactCalls):
     """One rank's part of a run; made by `start_run`. Safe to use from several threads.
 
     A log call copies into memory that survives this process, and returns. It raises for a wrong
@@ -142,6 +143,7 @@ class Run:
         end_timeout_s: float,
     ) -> None:
         global _started  # noqa: PLW0603  # one count for the process, however it starts runs
+        super().__init__()
         ordinal = _started + 1
         self.run_id = relay_run_id(who.run_key, ordinal)
         if self.run_id in (lineage["resume"], lineage["fork"]):
@@ -305,12 +307,22 @@ class Run:
     def _set_mlflow_run_id(self, mlflow_run_id: str) -> None:
         self.mlflow_run_id = mlflow_run_id
 
-    def _keep(self, record: bytes) -> None:
+    def _keep(self, record: bytes) -> bool:
+        """Return False if the record is lost, and counted."""
+        session = self._living_session()
+        return session is not None and session.journal.append(record)
+
+    def _lose(self, why: str) -> None:
+        """Count a log call whose content cannot be kept."""
+        log.error("run %s: %s", self.run_id, why)
+        session = self._living_session()
+        if session is not None:
+            session.journal.lose()
+
+    def _living_session(self) -> Session | None:
         if self._ended:
             raise RelayError(f"run {self.run_id} has ended: start_run makes a new one")
-        session = self._session or self._open_session_of_child()
-        if session is not None:
-            session.journal.append(record)
+        return self._session or self._open_session_of_child()
 
     def _open_session_of_child(self) -> Session | None:
         """First use after a fork. Returns None where there is no space for one more journal: that

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .errors import RelayError
+from .staging import LINK_BYTES_MIN
 
 #: One rank's journal while no daemon answers: memory, if the runtime folder is in memory.
 JOURNAL_BYTES_MAX = 256 << 20
@@ -31,6 +32,14 @@ def end_timeout_s(env: Mapping[str, str], given: object = None) -> float:
     if given is not None:
         return _checked("end_timeout_s", given, 0)
     return _number(env, "MLFLOW_RELAY_END_TIMEOUT_S", END_TIMEOUT_S, 0)
+
+
+def link_bytes_min(env: Mapping[str, str]) -> float:
+    """Return MLFLOW_RELAY_LINK_BYTES_MIN: smaller files are staged as copies, never as hard links.
+
+    Raises: RelayError: no number, or negative.
+    """
+    return _number(env, "MLFLOW_RELAY_LINK_BYTES_MIN", LINK_BYTES_MIN, 0)
 
 
 def autostart(env: Mapping[str, str]) -> bool:

@@ -83,7 +83,7 @@ class Watcher:
         for session in set(self._watched) - set(paths):
             os.close(self._watched.pop(session).fd)
         if not self._vanished_are_closed:
-            self._close_vanished(paths)
+            self._close_vanished(paths.keys() | heard_s.keys())
         unseen = [
             session
             for session, then_s in heard_s.items()
@@ -99,12 +99,13 @@ class Watcher:
         else:
             self._counters.count("bad_messages", f"{path.name} is left alone: {error}")
 
-    def _close_vanished(self, journals: Container[bytes]) -> None:
-        """Sessions that a former daemon knew and that have no journal are over."""
+    def _close_vanished(self, present: Container[bytes]) -> None:
+        """Sessions that a former daemon knew are over, but those present: with a journal, or
+        attached."""
         for hosted in list(self._runs.by_id.values()):
             for name, card in list(hosted.run.card.sessions.items()):
                 session = bytes.fromhex(name)
-                if card.closed or session in journals:
+                if card.closed or session in present:
                     continue
                 try:
                     self._runs.close_session(hosted, session, lost=0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import End, Metrics, Params, Record, Tags
+from mlflow_relay.records import Artifact, End, Metrics, Params, Record, Tags
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
+ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000
 #: MLflow cuts longer values in silence (MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH).
@@ -45,6 +46,7 @@ class Batch:
     tags: dict[str, str] = field(default_factory=dict)
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
+    artifacts: list[Artifact] = field(default_factory=list)  #: for the run's ledger
     objections: list[Objection] = field(default_factory=list)
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
     records: int = 0
@@ -54,6 +56,8 @@ class Batch:
     def has_room_for(self, record: Record) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
+        if isinstance(record, Artifact):
+            return len(self.artifacts) < ARTIFACTS_MAX
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
@@ -94,6 +98,8 @@ class Batch:
                     self.times_ms["tag" + key] = record.timestamp_ms
             case End():
                 self.ends.append((session, record))
+            case Artifact():
+                self.artifacts.append(record)
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]

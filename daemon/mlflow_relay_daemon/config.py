@@ -149,6 +149,23 @@ class Config:
         metadata=_setting("seconds", "The longest pause between two tries at a server that is "
                           "down.", least=0.01, most=3600),
     )  # fmt: skip
+    artifact_uploads: int = field(
+        default=2,
+        metadata=_setting("count", "Artifacts that are uploaded side by side.",
+                          flag="--artifact-uploads", least=1, most=64),
+    )  # fmt: skip
+    artifact_bytes_per_s: int | None = field(
+        default=None,
+        metadata=_setting(
+            "bytes", "How fast artifacts may be uploaded, all together, in bytes a second.",
+            flag="--artifact-bytes-per-s", least=KB, most=1000 * TB, optional=True,
+        ),
+    )  # fmt: skip
+    artifact_wait_s: float = field(
+        default=10.0,
+        metadata=_setting("seconds", "How long the end of a run waits for its artifacts before "
+                          "MLflow is told; they go on all the same.", most=86_400),
+    )  # fmt: skip
     lineage_params: tuple[str, ...] | None = field(
         default=("training.run_id", "metadata.run_id"),
         metadata=_setting(

@@ -72,7 +72,8 @@ class Intake:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 200
         self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
-        self._socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
+        # What is too large is counted; what is far too large, ZeroMQ refuses to take in at all.
+        self._socket.maxmsgsize = 2 * messages.MESSAGE_BYTES_MAX
         self._path = socket_path
         self._bind()
         self._poller = zmq.Poller()
@@ -147,6 +148,8 @@ class Intake:
         for parts in group:
             try:
                 peer, kind, payload = parts
+                if len(payload) > messages.MESSAGE_BYTES_MAX:
+                    raise FormatError(f"a message of {len(payload)} bytes")
                 if kind == messages.DATA:
                     self._sort(peer, payload, arrivals)
                 else:
@@ -231,9 +234,10 @@ class Intake:
         elif kind == messages.DETACH:
             self._detach(peer, *messages.unpack_detach(payload))
         elif kind == messages.ALIVE:
-            session = self.sessions.get(payload)
+            name = messages.unpack_session(payload)
+            session = self.sessions.get(name)
             if session is None or session.peer != peer:
-                self._send(peer, messages.UNKNOWN, payload)
+                self._send(peer, messages.UNKNOWN, name)
             else:
                 session.heard_s = time.monotonic()
         elif kind == messages.CONTROL:

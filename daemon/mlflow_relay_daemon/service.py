@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import journal_dir, private_dir
 from mlflow_relay_daemon.adoption import Watcher
+from mlflow_relay_daemon.artifacts.open import open_uploads, publish_staging
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
@@ -84,6 +86,8 @@ class Service:
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
         self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
+        self._staging = _publish_staging(self._spool, config)
+        self._uploads = sink and open_uploads(config, self._runs, sink, self._staging)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._node_metrics = _open_node_metrics(config, self._runs, self._watcher)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
@@ -120,19 +124,22 @@ class Service:
             for lane in lanes:
                 lane.leave()
             self._delivery.deliver_now(lanes)
-            while time.monotonic() < until_s and not self._delivery.is_idle():
+            while time.monotonic() < until_s and not self._is_delivered():
                 self._turn(0.05)
-            self._delivery.stop()
+            self._stop_delivery()
         self._runs.return_space()
-        left = sum(each.run.waiting_records() for each in self._runs.by_id.values())
-        if left:
+        hosted = self._runs.by_id.values()
+        left = sum(each.run.waiting_records() for each in hosted)
+        files = sum(len(each.run.artifacts.waiting) for each in hosted)
+        if left or files:
             log.warning(
-                "%d records are not in MLflow yet; they are kept in %s and delivered at the next "
-                "start",
+                "%d records and %d artifacts are not in MLflow yet; they are kept in %s and "
+                "delivered at the next start",
                 left,
+                files,
                 self._config.spool,
             )
-        return DONE if not left or self._config.offline else DEGRADED
+        return DONE if not (left or files) or self._config.offline else DEGRADED
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
@@ -141,8 +148,7 @@ class Service:
 
     def close(self) -> None:
         self._intake.close()
-        if self._delivery is not None:
-            self._delivery.stop()
+        self._stop_delivery()
         self._config.socket.unlink(missing_ok=True)
         self._spool.close()
         os.close(self._runtime_lock)
@@ -158,7 +164,21 @@ class Service:
             if self._node_metrics is not None and not self._watcher.is_behind:
                 self._node_metrics.look(self._looked_s)
             self._runs.return_space()
+            if self._uploads is not None:
+                self._uploads.look()
             _notify_systemd("WATCHDOG=1")
+
+    def _is_delivered(self) -> bool:
+        """Return whether lanes and artifacts have nothing to do."""
+        if self._delivery is None or self._uploads is None:
+            return True
+        return self._delivery.is_idle() and self._uploads.is_idle()
+
+    def _stop_delivery(self) -> None:
+        if self._uploads is not None:
+            self._uploads.stop()
+        if self._delivery is not None:
+            self._delivery.stop()
 
     def _look(self) -> None:
         self._looked_s = now_s = time.monotonic()
@@ -175,8 +195,7 @@ class Service:
         limit_s = self._config.exit_when_idle_s
         if limit_s is None:
             return False
-        delivering = self._delivery is not None and not self._delivery.is_idle()
-        if self._intake.sessions or delivering:
+        if self._intake.sessions or not self._is_delivered():
             self._busy_s = time.monotonic()
         return time.monotonic() - self._busy_s >= limit_s
 
@@ -200,6 +219,10 @@ def _lock_runtime_folder(config: Config) -> int:
     except (RelayError, OSError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
+    if config.socket.exists() and not config.socket.is_socket():
+        raise CommandError(  # ZeroMQ would remove a file
+            f"{config.socket} is there and no socket: choose another --socket, or remove it"
+        )
     if lock is None:
         raise CommandError(
             f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "
@@ -222,6 +245,16 @@ def _open_spool(config: Config) -> Spool:
             f"another daemon writes to the spool {config.spool}: stop that one first, or choose "
             "another --spool"
         ) from None
+    except OSError as error:
+        raise CommandError(
+            f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
+            "another --spool"
+        ) from error
+
+
+def _publish_staging(spool: Spool, config: Config) -> Path:
+    try:
+        return publish_staging(spool.disk, config.spool, config.socket)
     except OSError as error:
         raise CommandError(
             f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "

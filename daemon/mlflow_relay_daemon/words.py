@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 KB, MB, GB, TB = 1000, 1000**2, 1000**3, 1000**4
 
 
@@ -39,6 +41,14 @@ def age_text(age_ms: int) -> str:
         if seconds >= unit:
             return f"{seconds // unit} {name}"
     return f"{seconds} s"
+
+
+def date_text(time_ms: int, form: str = "%Y-%m-%d %H:%M") -> str:
+    """Return a time as the local clock shows it; "?" for one beyond all calendars."""
+    try:
+        return datetime.fromtimestamp(time_ms / 1000).strftime(form)
+    except (ValueError, OverflowError, OSError):
+        return "?"
 
 
 def plural(number: int, thing: str) -> str:

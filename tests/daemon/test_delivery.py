@@ -256,6 +256,34 @@ def test_a_rank_that_comes_back_opens_the_run_again(new_life, sink):
     assert sink.calls.count("create_run") == 1
 
 
+@pytest.mark.parametrize("at", range(3))  # the end takes three requests
+def test_a_rank_that_comes_back_while_the_end_is_told_loses_nothing(life, sink, at):
+    life.append(frame_of_metrics(0, 5))
+    life.work()
+    life.end_all(5)
+    again, calls = bytes([7]) * 16, itertools.count()
+
+    def come_back(name: str, number: int) -> None:
+        if next(calls) == at:
+            with life.run.lock:
+                card = attachment(again, start_ms=START_MS + 1).session_card()
+                life.run.card.sessions[again.hex()] = card
+                life.run.save_card()
+            life.log(0, metrics(5), metrics(6), session=again)
+
+    sink.before = come_back
+    life.insist()
+    life.work()
+    assert again.hex() in life.run.card.sessions
+    assert sink.only_run().status == "RUNNING"
+    assert points_in(sink.only_run()) == points_of(*range(7))
+    life.log(2, end(at_ms=END_MS + 9), session=again)
+    life.close_session(again)
+    life.insist()
+    assert sink.only_run().status == "FINISHED"
+    assert life.run.mark.damaged_records == 0
+
+
 def test_losses_and_damage_become_tags_of_the_run(life, sink):
     life.log(0, metrics(0), end())
     life.close_session(SESSION, lost=17)

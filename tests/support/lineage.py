@@ -259,7 +259,12 @@ def wait_until_all_ended(node: Node, run_ids: Iterable[str], timeout_s: float = 
         states = statuses(node, wanted)
         return len(states) == len(wanted) and set(states.values()) == {"ended"}
 
-    wait_until(ended, f"all {len(wanted)} runs ended", timeout_s)
+    try:
+        wait_until(ended, f"all {len(wanted)} runs ended", timeout_s)
+    except AssertionError as error:
+        runs = [run for run in node.status()["runs"] if run["run_id"] in wanted]
+        log = node.log.read_text(errors="replace")[-3000:]
+        raise AssertionError(f"{error}\n{runs}\n{log}") from None
 
 
 def collect_and_leave(node: Node, runs: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +15,7 @@ from mlflow_relay_daemon.commands._terminal import print_lines, stdout_width
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control_client import ControlClient
 from mlflow_relay_daemon.exits import DEGRADED
-from mlflow_relay_daemon.words import plural
+from mlflow_relay_daemon.words import date_text, plural
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -148,7 +147,7 @@ def letter_lines(letters: list[Letter], width: int | None) -> list[Text]:
             Cell(str(letter["key"])),
             Cell(str(letter["value"])),
             Cell("-" if letter["step"] is None else str(letter["step"])),
-            Cell(datetime.fromtimestamp(letter["refused_ms"] / 1000).strftime("%m-%d %H:%M")),
+            Cell(date_text(letter["refused_ms"], "%m-%d %H:%M")),
             Cell(f"{letter['error_code'] or ''} {letter['reason'] or ''}".strip()),
         ]
         for letter in letters

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,7 +11,7 @@ from mlflow_relay_daemon.commands._json import SCHEMA_VERSION, print_json
 from mlflow_relay_daemon.commands._options import PLACE, example, with_config
 from mlflow_relay_daemon.commands._terminal import print_lines, stdout_width
 from mlflow_relay_daemon.config import Config
-from mlflow_relay_daemon.words import age_text, count_text
+from mlflow_relay_daemon.words import age_text, count_text, date_text
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -65,7 +64,7 @@ def run_lines(runs: list[Run], time_ms: int, id_length: int, width: int | None) 
                 Cell(run["experiment_name"] or "-"),
                 Cell((run["mlflow_run_id"] or "-")[:id_length]),
                 Cell(run["status"].lower()),
-                Cell(datetime.fromtimestamp(run["start_ms"] / 1000).strftime("%Y-%m-%d %H:%M")),
+                Cell(date_text(run["start_ms"])),
                 Cell(age_text(end_ms - run["start_ms"])),
                 Cell(count_text(run["accepted_records"])),
             ]

@@ -159,15 +159,17 @@ class Batches:
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
-            if objection.entry.kind == "metric" and objection.is_refusal:
-                self._refused_keys[objection.entry.key] = objection
+            entry = objection.entry
+            if entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0:
+                self._refused_keys[entry.key] = objection
         batch.refuse(guilty)
 
     def _send(self, entries: list[Entry]) -> None:
         self._to.log(*split(entries))
 
     def _set_apart_refused(self, batch: Batch) -> None:
-        """A metric is refused for its name, so once refused, always refused: do not ask again."""
+        """A metric is refused for its name (or a time before 1970), so once refused, always
+        refused: do not ask again."""
         good = [metric for metric in batch.metrics if metric[0] not in self._refused_keys]
         if len(good) == len(batch.metrics):
             return
@@ -180,7 +182,7 @@ class Batches:
 
     def _settle(self, batch: Batch, mark: Watermark) -> None:
         """The batch is done with. Crash: before any line, it is delivered again, which MLflow
-        ignores; so card and letters come first, and the watermark last."""
+        ignores; so card, letters and ledger come first, and the watermark last."""
         mark.delivered_records += batch.records
         mark.delivered_points += len(batch.metrics)
         mark.last_record_ms = max(mark.last_record_ms, batch.last_record_ms)
@@ -196,6 +198,7 @@ class Batches:
                         known.end_ms = end.timestamp_ms
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
+        self._to.run.artifacts.accept(batch.artifacts)
         self._to.run.settle(mark)
 
     # ── dead letters ──
@@ -208,7 +211,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind != "record" and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", "artifact") and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

@@ -126,17 +126,20 @@ class Ending:
     def _count_missing(self) -> Watermark:
         """What was acknowledged and cannot be found any more is counted; return the watermark."""
         run = self._to.run
-        mark = Watermark(**vars(run.mark))
-        seen = Sequences(mark.sequences)
-        missing = 0
-        for name, session in list(run.card.sessions.items()):
-            seen.give_up(bytes.fromhex(name), session.first_seq)
-            missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
-        if missing:
-            mark.sequences = seen.save()
-            mark.damaged_records += missing
-            run.settle(mark)
-        return mark
+        with run.lock:  # what a rank that came back sends meanwhile waits, and is not missing
+            mark = Watermark(**vars(run.mark))
+            if not run.is_drained():
+                return mark
+            seen = Sequences(mark.sequences)
+            missing = 0
+            for name, session in run.card.sessions.items():
+                seen.give_up(bytes.fromhex(name), session.first_seq)
+                missing += seen.give_up(bytes.fromhex(name), run.next_seq(bytes.fromhex(name)))
+            if missing:
+                mark.sequences = seen.save()
+                mark.damaged_records += missing
+                run.settle(mark)
+            return mark
 
     def _tags(self, end: Verdict, before: Mapping[str, str]) -> list[Tag]:
         card, damaged = self._to.card, self._to.run.mark.damaged_records

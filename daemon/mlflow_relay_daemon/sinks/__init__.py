@@ -99,6 +99,7 @@ class RunInfo:
     end_time_ms: int | None
     lifecycle_stage: str  #: "active" or "deleted"
     tags: Mapping[str, str]
+    artifact_uri: str = ""  #: where its files go
 
 
 class Sink(Protocol):

@@ -15,7 +15,7 @@ import orjson
 
 from mlflow_relay_daemon.sinks import Metric, Param, Refused, RunInfo, Tag
 
-INT64_MAX = 2**63 - 1  # timestamps and steps are int64 in MLflow's protobuf
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1  # timestamps and steps are int64 in MLflow's protobuf
 RUN_STATUSES = frozenset({"RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"})
 
 _BY_KEY = itemgetter(0)
@@ -166,6 +166,7 @@ def run_info(run: dict[str, Any]) -> RunInfo:
         end_time_ms=int(end_time) if end_time else None,
         lifecycle_stage=info["lifecycle_stage"],
         tags={tag["key"]: tag.get("value", "") for tag in tags},
+        artifact_uri=info.get("artifact_uri", ""),
     )
 
 
@@ -198,7 +199,7 @@ def _check_metrics(metrics: Sequence[Metric]) -> None:
     _check_types("metric timestamp", timestamps_ms, {int})
     _check_types("metric step", steps, {int})
     for name, column in (("timestamp", timestamps_ms), ("step", steps)):
-        if max(column) > INT64_MAX or min(column) < -INT64_MAX:
+        if max(column) > INT64_MAX or min(column) < INT64_MIN:
             raise Refused(f"a metric {name} is beyond 64 bits")
 
 

@@ -289,4 +289,5 @@ def _run_info(run: Any) -> RunInfo:
         end_time_ms=info.end_time or None,
         lifecycle_stage=info.lifecycle_stage,
         tags=dict(run.data.tags),
+        artifact_uri=info.artifact_uri or "",
     )

@@ -15,6 +15,7 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment, watermark
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
 
@@ -57,6 +58,7 @@ class RunSpool:
         self.mark = self._read_mark()
         self.accepted_records = self.mark.settled_records
         self.sequences = Sequences(self.mark.sequences)
+        self.artifacts = Ledger(disk, folder)
         self._recover()
 
     # ── intake ──

@@ -140,7 +140,7 @@ def _check_version(fd: int, start: int, end: int) -> None:
 def _find_frame(fd: int, start: int, end: int) -> int:
     """Return where the next whole frame begins; `end` if there is none."""
     data = os.pread(fd, end - start, start)
-    mark = frames.MAGIC + bytes((frames.VERSION,))
+    mark = frames.MAGIC
     at = data.find(mark)
     while at >= 0:
         try:

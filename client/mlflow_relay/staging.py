@@ -1,0 +1,211 @@
+"""A file → a place where it is safe until the daemon has brought it to MLflow.
+
+    reflink   at once; a copy of its own          btrfs, XFS, ... on one file system
+    hard link at once; shares later writes        files of LINK_BYTES_MIN and more, one file system
+    copy      as long as a copy takes             everything else
+    in place  at once; the user's own file        on request, or where there is no space for a copy
+
+Where: MLFLOW_RELAY_STAGING, else what the daemon wrote into the notice beside its socket (a folder
+in its spool), else the place of the default spool. Never beside the journal: that is memory, and a
+checkpoint does not belong there. INTERNALS.md, Artifacts, has the why.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import RelayError
+from .paths import private_dir, staging_notice
+from .records import COPY, LINK, PLACE
+
+#: Smaller files are copied rather than linked: 32 MiB take some 20 ms, and a copy cannot change.
+LINK_BYTES_MIN = 32 << 20
+#: A digest is of the whole file up to this size, else of 16 pieces that are as long together: what
+#: reads a terabyte has no place in training.
+DIGEST_BYTES_MAX = 1 << 20
+DIGEST_PIECES = 16
+#: Errors of a disk that has no room, or is not to be written: then the file stays where it is.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+_FICLONE = 0x40049409  # linux/fs.h
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class Staged(NamedTuple):
+    """Where a file's bytes lie now, and what tells that they are still the same."""
+
+    where: str  #: records.COPY, LINK or PLACE
+    file: bytes  #: absolute path
+    size: int
+    modified_ns: int
+    digest: bytes
+
+
+def staging_root(socket: Path, environ: Mapping[str, str]) -> Path:
+    """Return the folder in which all runs' files are staged."""
+    named = environ.get("MLFLOW_RELAY_STAGING")
+    if named:
+        return Path(named).absolute()
+    import json
+
+    try:
+        told = json.loads(staging_notice(socket).read_text(encoding="utf-8"))
+        if told["version"] == 1 and os.path.isdir(told["folder"]):
+            return Path(told["folder"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # no daemon has been here yet, or a later one that says it in another way
+    return default_staging(environ)
+
+
+def default_staging(environ: Mapping[str, str]) -> Path:
+    """Return the staging folder of the spool that a daemon without settings would have."""
+    state = environ.get("XDG_STATE_HOME", "")
+    home = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~/.local/state"))
+    return home / "mlflow-relay" / os.uname().nodename / "staging"
+
+
+def run_folder(root: Path, run_id: str) -> Path:
+    """Return a run's own folder there, made if it is not there; nobody else may look into it.
+
+    Raises: OSError: it cannot be made.
+    """
+    folder = root / run_id
+    if not folder.is_dir():
+        try:
+            root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_dir(root)
+            private_dir(folder)
+        except RelayError as error:
+            raise PermissionError(errno.EACCES, str(error)) from error
+    return folder
+
+
+def stage_file(source: str, target: Path, link_bytes_min: float = LINK_BYTES_MIN) -> Staged:
+    """Keep a file as it is now.
+
+    Args:
+        target: where to keep it; must not exist. Its name appears only there.
+        link_bytes_min: smaller files are never linked.
+    Raises: ValueError: no regular file, by kind; OSError: it cannot be read, or kept.
+    """
+    fd = open_regular(source)
+    try:
+        found = os.fstat(fd)
+        try:
+            out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                if not _reflink(out, fd):
+                    if found.st_size >= link_bytes_min and _link(source, found, target):
+                        return _described(LINK, target, fd)
+                    _copy(out, fd, found.st_size)
+                return _described(COPY, target, out)
+            finally:
+                os.close(out)
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+    finally:
+        os.close(fd)
+
+
+def stage_bytes(data: bytes, target: Path) -> Staged:
+    """Keep content that is no file. Raises: OSError."""
+    out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(out, left) :]
+        return _described(COPY, target, out)
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(out)
+
+
+def leave_in_place(source: str) -> Staged:
+    """Keep only the name of a file. Raises: as `stage_file`."""
+    fd = open_regular(source)
+    try:
+        return _described(PLACE, Path(source), fd)
+    finally:
+        os.close(fd)
+
+
+def open_regular(path: str | bytes) -> int:
+    """Return a descriptor to read from. Raises: ValueError: a FIFO, a device, ...; OSError."""
+    # Without O_NONBLOCK the opening of a FIFO waits for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    kind = stat.S_IFMT(os.fstat(fd).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(fd)
+        name = os.fsdecode(path)
+        raise ValueError(f"{name!r} is {_KINDS.get(kind, 'no file')}, not a regular file")
+    return fd
+
+
+def sample_digest(fd: int, size: int) -> bytes:
+    """Return 16 bytes that differ if the file does: of all of it, or of pieces if it is large."""
+    from hashlib import blake2b
+
+    digest = blake2b(size.to_bytes(8, "little"), digest_size=16)
+    if size <= DIGEST_BYTES_MAX:
+        digest.update(os.pread(fd, size, 0))
+        return digest.digest()
+    piece = DIGEST_BYTES_MAX // DIGEST_PIECES
+    for index in range(DIGEST_PIECES):
+        digest.update(os.pread(fd, piece, (size - piece) * index // (DIGEST_PIECES - 1)))
+    return digest.digest()
+
+
+def _described(where: str, file: Path, fd: int) -> Staged:
+    found = os.fstat(fd)
+    path = os.fsencode(os.path.abspath(file))
+    digest = sample_digest(fd, found.st_size)
+    return Staged(where, path, found.st_size, found.st_mtime_ns, digest)
+
+
+def _reflink(out: int, fd: int) -> bool:
+    try:
+        fcntl.ioctl(out, _FICLONE, fd)
+    except OSError:  # whatever the file system calls it: there are two other ways
+        return False
+    return True
+
+
+def _link(source: str, found: os.stat_result, target: Path) -> bool:
+    """Put a hard link in the place of the empty target; return False if that is not to be had."""
+    link = target.with_name(target.name + ".link")
+    try:
+        os.link(os.path.realpath(source), link)
+        made = os.stat(link)
+        if (made.st_dev, made.st_ino) != (found.st_dev, found.st_ino):
+            link.unlink()  # another file has taken the name since we opened it
+            return False
+        os.rename(link, target)
+    except OSError:
+        link.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _copy(out: int, fd: int, size: int) -> None:
+    """Copy up to `size` bytes in the kernel; less if the file shrinks meanwhile."""
+    at = 0
+    while at < size:
+        copied = os.sendfile(out, fd, at, min(size - at, 1 << 30))
+        if not copied:
+            break
+        at += copied
