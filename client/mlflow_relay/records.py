@@ -7,6 +7,8 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     TAGS     [3, t, {key: value}]
     END      [4, t, status, reason]
     ARTIFACT [5, t, path, id, where, file, size, modified in ns, digest]
+    REDUCE   [6, t, step, how, [key, ...], values]          one rank's; the daemon makes a point
+    COMBINED [7, t, step, how, suffix, [key, ...], values, missing, born]   the daemon's point
 
 The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
 call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
@@ -27,7 +29,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END, ARTIFACT = 1, 2, 3, 4, 5
+METRICS, PARAMS, TAGS, END, ARTIFACT, REDUCE, COMBINED = 1, 2, 3, 4, 5, 6, 7
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -43,6 +45,9 @@ ARTIFACT_PATH_BYTES_MAX = 800  # an object's key in S3 has 1024, the run's own p
 #: Where an artifact's bytes lie: in a file of ours that nobody else writes to; in one that is a
 #: hard link to the user's; in the user's own file.
 COPY, LINK, PLACE = "copy", "link", "place"
+
+#: How values of several ranks become one.
+REDUCTIONS = ("mean", "sum", "min", "max")
 
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -94,7 +99,30 @@ class Artifact(NamedTuple):
     digest: bytes  #: of samples: see staging.sample_digest
 
 
-Record = Metrics | Params | Tags | End | Artifact
+class Reduce(NamedTuple):
+    """Values of one rank, of which the daemon makes points together with those of other ranks."""
+
+    timestamp_ms: int
+    step: int
+    how: str  #: one of REDUCTIONS
+    keys: Sequence[str]
+    values: Sequence[float]
+
+
+class Combined(NamedTuple):
+    """Points that a daemon has made; only a daemon writes it, into its spool."""
+
+    timestamp_ms: int
+    step: int
+    how: str
+    suffix: str  #: behind each key, in MLflow
+    keys: Sequence[str]
+    values: Sequence[float]
+    missing: int  #: ranks that owe each of these points a value
+    born_ms: int  #: when the session of the youngest rank in it began
+
+
+Record = Metrics | Params | Tags | End | Artifact | Reduce | Combined
 
 
 class MetricsPacker:
@@ -162,6 +190,25 @@ def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
     return _packed([END, timestamp_ms, status, reason])
 
 
+def pack_reduce(how: str, metrics: Mapping[str, Any], step: Any, timestamp_ms: int) -> bytes:
+    """Return the record of values that are to be combined with those of other ranks.
+
+    Raises: TypeError, ValueError: a key, value, step or `how` that cannot be, by name.
+    """
+    if how not in REDUCTIONS:
+        raise ValueError(f"reduce={_short(how)}: one of {', '.join(REDUCTIONS)}")
+    keys = [check_key("metric", key) for key in metrics]
+    values = [to_float(key, value) for key, value in metrics.items()]
+    packed = struct.pack(f">{len(keys)}d", *values)
+    return _packed([REDUCE, timestamp_ms, to_step(step), how, keys, packed])
+
+
+def pack_combined(points: Combined) -> bytes:
+    """Return the record of points that a daemon has made."""
+    packed: Any = struct.pack(f">{len(points.values)}d", *points.values)
+    return _packed([COMBINED, *points._replace(values=packed)])
+
+
 def pack_artifact(artifact: Artifact) -> bytes:
     """Return the record of an artifact; its path must have passed `check_artifact_path`."""
     return _packed([ARTIFACT, *artifact])
@@ -194,6 +241,10 @@ def unpack_record(record: bytes) -> Record:
             case [kind, timestamp_ms, *rest] if kind == ARTIFACT and len(rest) == 7:
                 _check_kind_and_time(kind, timestamp_ms)
                 return _checked_artifact(Artifact(timestamp_ms, *rest))
+            case [kind, timestamp_ms, *rest] if (kind, len(rest)) in ((REDUCE, 4), (COMBINED, 7)):
+                _check_kind_and_time(kind, timestamp_ms)
+                points = (Reduce if kind == REDUCE else Combined)(timestamp_ms, *rest)
+                return _checked_points(points)
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
@@ -350,6 +401,22 @@ def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> 
         raise FormatError("a key that is no text, or a step that is no number")
     if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
         raise FormatError("a step beyond 64 bits")
+
+
+def _checked_points(points: Any) -> Reduce | Combined:
+    """Return a Reduce or Combined with its values unpacked."""
+    if points.how not in REDUCTIONS or type(points.values) is not bytes:
+        raise FormatError("values that are to be combined nobody knows how")
+    values = struct.unpack(f">{len(points.values) // 8}d", points.values)
+    if type(points.keys) is not list:
+        raise FormatError("keys that are no list")
+    _check_metrics(points.keys, values, [points.step] * len(points.keys))
+    checked: Reduce | Combined = points._replace(values=values)
+    if isinstance(checked, Combined):
+        numbers = (checked.missing, checked.born_ms)
+        if type(checked.suffix) is not str or set(map(type, numbers)) != {int}:
+            raise FormatError("a point with a field of a wrong type")
+    return checked
 
 
 def _checked_artifact(artifact: Artifact) -> Artifact:

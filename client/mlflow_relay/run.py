@@ -174,6 +174,7 @@ class Run(ArtifactCalls):
             "tags": {**tags, **launch_tags(who)},
             "primary": True,
             "node_count": _node_count(who),
+            "local_world_size": who.local_world_size or 0,
             **_node_rank(who),
             **lineage,
         }
@@ -184,15 +185,22 @@ class Run(ArtifactCalls):
 
     # ── logging ──
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(
+        self, metrics: Mapping[str, Any], step: int | None = None, *, reduce: str | None = None
+    ) -> None:
         """Log values of one step.
 
         Args:
             metrics: numbers by key: Python's, NumPy's, torch's, JAX's; NaN and infinities are kept.
             step: default a count of its own for each key, so that curves are curves.
+            reduce: "mean", "sum", "min" or "max": of the values that all ranks of this node log for
+                this step the daemon makes one point, under the plain key; needs a step.
 
         Raises: TypeError, ValueError: a key or value that is none, by name; RelayError: ended.
         """
+        if reduce is not None:
+            self._log_reduced(metrics, step, reduce)
+            return
         if self._silent or not metrics:
             return
         if len(metrics) > records.METRICS_PER_RECORD_MAX:
@@ -204,6 +212,13 @@ class Run(ArtifactCalls):
             self._keep(self._packer.pack_steps(checked, steps, _now_ms()))
         else:
             self._keep(self._packer.pack(metrics, step, time_ns() // 1_000_000))
+
+    def _log_reduced(self, metrics: Mapping[str, Any], step: int | None, how: str) -> None:
+        if step is None:
+            raise ValueError(f"reduce={how!r} needs a step: ranks are brought together by it")
+        now_ms = _now_ms()
+        for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+            self._keep(records.pack_reduce(how, part, step, now_ms))
 
     def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
         """Log one value: see `log_metrics`."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import Artifact, End, Metrics, Params, Record, Tags
+from mlflow_relay.records import Artifact, Combined, End, Metrics, Params, Record, Reduce, Tags
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
+GIVEN_VALUES_MAX = 50_000  # ours: for reduction, no request; what is read at once
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000
 #: MLflow cuts longer values in silence (MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH).
@@ -47,6 +48,9 @@ class Batch:
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     artifacts: list[Artifact] = field(default_factory=list)  #: for the run's ledger
+    #: For reduction, in order: session, what it says.
+    given: list[tuple[bytes, Reduce | Combined]] = field(default_factory=list)
+    given_values: int = 0
     objections: list[Objection] = field(default_factory=list)
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
     records: int = 0
@@ -58,12 +62,14 @@ class Batch:
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
         if isinstance(record, Artifact):
             return len(self.artifacts) < ARTIFACTS_MAX
+        if isinstance(record, Reduce):
+            return self.given_values < GIVEN_VALUES_MAX
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
             return False
         match record:
-            case Metrics():
+            case Metrics() | Combined():
                 metrics += len(record.keys)
             case Params():
                 params += len(record.items)
@@ -100,6 +106,15 @@ class Batch:
                 self.ends.append((session, record))
             case Artifact():
                 self.artifacts.append(record)
+            case Reduce():
+                self.given.append((session, record))
+                self.given_values += len(record.keys)
+            case Combined(timestamp_ms, step, _, suffix, keys, values):
+                names, count = [key + suffix for key in keys], len(keys)
+                self.metrics += zip(
+                    names, values, [timestamp_ms] * count, [step] * count, strict=True
+                )
+                self.given.append((session, record))
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]
@@ -168,7 +183,7 @@ def split(entries: list[Entry]) -> tuple[list[Metric], list[Param], list[Tag]]:
 
 def _body_bytes(record: Record) -> int:
     match record:
-        case Metrics():
+        case Metrics() | Combined():
             keys = sum(len(key) if key.isascii() else 4 * len(key) for key in record.keys)
             return keys + _METRIC_OVERHEAD_BYTES * len(record.keys)
         case Params() | Tags():

@@ -192,6 +192,11 @@ class Config:
         metadata=_setting("switch", "Measure the process of each rank, too.",
                           flag="--rank-process-metrics"),
     )  # fmt: skip
+    reduce_deadline_s: float = field(
+        default=30.0,
+        metadata=_setting("seconds", "How long a point of log_metrics(reduce=...) waits for ranks "
+                          "that are late.", flag="--reduce-deadline", least=0, most=86_400),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",

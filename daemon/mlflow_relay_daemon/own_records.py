@@ -10,7 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from mlflow_relay.frames import pack_entry, pack_frame, read_frame
+from mlflow_relay.frames import (
+    FRAME_BYTES_TARGET,
+    cut_entries,
+    pack_entry,
+    pack_frame,
+    read_frame,
+)
 from mlflow_relay.messages import SESSION_BYTES
 from mlflow_relay_daemon.hosted import Hosted, Runs
 
@@ -23,16 +29,19 @@ class OwnRecords:
         self._session = os.urandom(SESSION_BYTES)
 
     def append(self, hosted: Hosted, records: Sequence[bytes]) -> None:
-        """Return when the records are on the disk. Raises: OSError: they are not.
+        """Return when the records are on the disk.
 
-        Crash: all of them are found, or none: they are one frame.
+        Raises: OSError: they are not. Crash: any of them may be found, each whole.
         """
-        run = hosted.run
         body = b"".join(map(pack_entry, records))
-        frame = pack_frame(self._session, run.next_seq(self._session), len(records), body)
-        self._runs.spool.check_space(len(frame))
+        frames, at, seq = [], 0, hosted.run.next_seq(self._session)
+        while at < len(body):
+            count, end = cut_entries(body, at, len(body), FRAME_BYTES_TARGET)
+            frames.append(pack_frame(self._session, seq, count, body[at:end]))
+            at, seq = end, seq + count
+        self._runs.spool.check_space(sum(map(len, frames)))
         try:
-            run.append([(read_frame(frame), frame)])
+            hosted.run.append([(read_frame(frame), frame) for frame in frames])
         except OSError:
             # Nobody can tell what of it is on the disk: its numbers are not used again.
             self._session = os.urandom(SESSION_BYTES)

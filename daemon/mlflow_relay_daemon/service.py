@@ -18,6 +18,7 @@ from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import journal_dir, private_dir
 from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.artifacts.open import open_uploads, publish_staging
+from mlflow_relay_daemon.combiner import Combiner
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
@@ -89,6 +90,7 @@ class Service:
         self._staging = _publish_staging(self._spool, config)
         self._uploads = sink and open_uploads(config, self._runs, sink, self._staging)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
+        self._combiner = Combiner(self._runs, OwnRecords(self._runs), config.reduce_deadline_s)
         self._node_metrics = _open_node_metrics(config, self._runs, self._watcher)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self._read_status, self._look, self._watcher.in_journals)
@@ -163,6 +165,8 @@ class Service:
             self._look()
             if self._node_metrics is not None and not self._watcher.is_behind:
                 self._node_metrics.look(self._looked_s)
+            if self._delivery is not None:
+                self._combiner.look(self._looked_s)
             self._runs.return_space()
             if self._uploads is not None:
                 self._uploads.look()
@@ -172,7 +176,8 @@ class Service:
         """Return whether lanes and artifacts have nothing to do."""
         if self._delivery is None or self._uploads is None:
             return True
-        return self._delivery.is_idle() and self._uploads.is_idle()
+        is_idle = self._delivery.is_idle() and not self._combiner.is_waiting()
+        return is_idle and self._uploads.is_idle()
 
     def _stop_delivery(self) -> None:
         if self._uploads is not None:

@@ -12,6 +12,7 @@ from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
+from mlflow_relay_daemon.reduction import LATE, MISSING_TAG, Giver, Reduction
 from mlflow_relay_daemon.sinks import Refused, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
@@ -41,6 +42,8 @@ class Batches:
         batch, mark = self._collect()
         if vars(mark) == vars(self._to.run.mark):
             return False
+        if batch.given:
+            self._reduce(batch, mark)
         self._deliver(batch, failures)
         self._settle(batch, mark)
         return True
@@ -128,6 +131,24 @@ class Batches:
                 batch.tags[ORIGINAL_TAG + key] = value
         return record._replace(items=items)
 
+    def _reduce(self, batch: Batch, mark: Watermark) -> None:
+        """Let the mark know what ranks have given, and what has been made of it."""
+        reduction = Reduction(mark.reduction)
+        before = reduction.missing
+        for session, record in batch.given:
+            if isinstance(record, records.Reduce):
+                batch.objections += reduction.give(self._giver(session), record)
+            else:
+                reduction.made(record)
+        mark.reduction = reduction.save()
+        if reduction.missing > before:
+            batch.tags[MISSING_TAG] = str(reduction.missing)
+
+    def _giver(self, session: bytes) -> Giver:
+        known = self._to.card.sessions.get(session.hex())
+        # One that the card has lost counts as a rank of its own.
+        return Giver(known.rank, known.start_ms) if known else Giver(-1, 0)
+
     def _held(self, batch: Batch, kind: str, key: str) -> str | None:
         """Return the value of this text that waits; None: there is none."""
         waiting = [*self._to.card.held, *batch.held]
@@ -211,7 +232,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", "artifact") and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", "artifact", LATE) and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

@@ -24,6 +24,7 @@ from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.reduction import has_waiting
 from mlflow_relay_daemon.retry import backoff_s
 from mlflow_relay_daemon.sinks import NotYet, Permanent, SinkError, TryAgain
 from mlflow_relay_daemon.states import RunEvent, RunState, next_state
@@ -206,4 +207,6 @@ class Lane:
         with self.run.lock:
             sessions = list(self.run.card.sessions.values())
             ranks = [each for each in sessions if each.primary] or sessions
-            return bool(ranks) and self.run.is_drained() and all(each.closed for each in ranks)
+            if not ranks or not all(each.closed for each in ranks):
+                return False
+            return self.run.is_drained() and not has_waiting(self.run.mark.reduction)

@@ -32,6 +32,7 @@ class SessionCard:
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
     node_rank: int | None = None  #: number of its node in the job; None: not told
+    local_world_size: int = 0  #: ranks on this node; 0: not told
 
 
 @dataclass

@@ -44,6 +44,7 @@ class RunSpool:
     def __init__(self, disk: Disk, folder: Path, card: Card, *, segment_bytes_max: int) -> None:
         self.folder, self.card = folder, card
         self.lock = threading.RLock()  # guards the card and what follows
+        self._mark_lock = threading.Lock()  # guards the watermark's file
         self._disk = disk
         self._segment_bytes_max = segment_bytes_max
         self._writer: segment.Writer | None = None
@@ -145,8 +146,8 @@ class RunSpool:
                 mark.segment, mark.offset = writer.number, writer.start
             else:
                 return
+            self._write_mark(mark)
             self.mark = mark
-            self._write_mark()
             kept = () if self.card.is_over else (mark.segment,)
             self._remove([number for number in self._ends if number not in kept])
 
@@ -179,14 +180,18 @@ class RunSpool:
 
         Crash: safe at any line: an old watermark costs a resend; a removed segment is followed by
             one whose head says what was accepted before it.
+        Raises: OSError: the mark must last, and cannot be written; nothing is settled.
         """
+        if watermark.must_last(mark):
+            self._write_mark(mark)  # an fsync: not while intake waits for the lock
         with self.lock:
             if self._next_number(mark.segment) is None and mark.offset >= self._ends.get(
                 mark.segment, 0
             ):
                 mark.settled_records = self.accepted_records  # damage is settled, too
             self.mark = mark
-            self._write_mark()
+            if not watermark.must_last(mark):
+                self._write_mark(mark)
             self._remove([number for number in self._ends if number < mark.segment])
 
     def is_drained(self) -> bool:
@@ -207,6 +212,13 @@ class RunSpool:
                 start = self.mark.offset if here else self._start_of(number)
                 total += max(0, end - start)
             return total
+
+    def end_place(self) -> Place:
+        """Return the place behind the last frame; a watermark there has seen all there is now."""
+        with self.lock:
+            filled = (n for n, end in self._ends.items() if end > self._start_of(n))
+            newest = max(filled, default=0)
+            return Place(newest, self._ends.get(newest, 0))
 
     def waiting_records(self) -> int:
         """Return how many records are behind the watermark."""
@@ -257,6 +269,7 @@ class RunSpool:
         fresh.settled_records = head.accepted_records
         fresh.delivered_records = max(mark.delivered_records, head.accepted_records)
         fresh.delivered_points = mark.delivered_points
+        fresh.reduction = mark.reduction
         return fresh
 
     def _recover(self) -> None:
@@ -321,10 +334,14 @@ class RunSpool:
             os.close(self._reading[1])
             self._reading = None
 
-    def _write_mark(self) -> None:
+    def _write_mark(self, mark: Watermark) -> None:
         try:
-            watermark.write(self._disk, self.folder, self.mark)
-        except OSError as error:  # it costs a resend, if anything
+            with self._mark_lock:
+                watermark.write(self._disk, self.folder, mark)
+        except OSError as error:
+            if watermark.must_last(mark):
+                raise
+            # It costs a resend, if anything.
             log.warning("run %s: watermark not written: %s", self.card.run_id, error.strerror)
 
     def _remove(self, numbers: list[int]) -> None:
