@@ -12,9 +12,9 @@ import posixpath
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from time import time_ns
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import media, settings
+from . import settings
 from .records import Artifact, check_artifact_path, pack_artifact
 from .staging import (
     NO_ROOM,
@@ -25,6 +25,9 @@ from .staging import (
     stage_file,
     staging_root,
 )
+
+if TYPE_CHECKING:
+    from . import media
 
 log = logging.getLogger("mlflow_relay")
 
@@ -136,6 +139,8 @@ class ArtifactCalls:
 
         Raises: TypeError, ValueError: it cannot be written so.
         """
+        from . import media
+
         target = check_artifact_path(artifact_file)
         self._log_bytes(media.dict_bytes(dictionary, target), target)
 
@@ -147,6 +152,8 @@ class ArtifactCalls:
         Args: save_kwargs: for `savefig`, `to_html` or `to_image`.
         Raises: TypeError, ValueError: no figure, or of no kind that it can be saved as.
         """
+        from . import media
+
         target = check_artifact_path(artifact_file)
         self._log_bytes(media.figure_bytes(figure, target, dict(save_kwargs or {})), target)
 
@@ -167,6 +174,8 @@ class ArtifactCalls:
             synchronous: as in mlflow; of no meaning here.
         Raises: TypeError, ValueError: no image; both or neither of artifact_file and key.
         """
+        from . import media
+
         if (artifact_file is None) == (key is None):
             raise TypeError("one of artifact_file and key is wanted: a file, or a series of images")
         picture = media.to_pil(image)
@@ -192,6 +201,8 @@ class ArtifactCalls:
             artifact_file: ends in .json, or in .parquet, which needs pandas.
         Raises: TypeError, ValueError: no table, or one that cannot be written so.
         """
+        from . import media
+
         target = check_artifact_path(artifact_file)
         table = media.add_rows(self._tables.get(target), data)
         content = media.table_bytes(table, target)

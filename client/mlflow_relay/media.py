@@ -1,7 +1,7 @@
 """Dicts, figures, images and tables → the bytes of a file, as mlflow would write them.
 
-matplotlib, plotly, PIL, NumPy, pandas and yaml are the user's own: nothing of them is imported
-that is not there already because the value came from it.
+matplotlib, plotly, PIL, NumPy, pandas and yaml are the user's own: the client depends on none of
+them, and imports one only where the value comes from it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 #: Of the small copy of an image that MLflow's UI shows first (mlflow.tracking.multimedia).
@@ -24,10 +25,12 @@ _PLOTLY_IMAGES = (".png", ".jpeg", ".webp", ".svg", ".pdf")
 def dict_bytes(value: Any, name: str) -> bytes:
     """Return JSON, or YAML for a name that says so. Raises: TypeError, ValueError."""
     if name.endswith((".yml", ".yaml")):
-        yaml = _loaded_or_none("yaml")
-        if yaml is not None:
+        try:
+            yaml = import_module("yaml")
+        except ImportError:
+            pass  # JSON is YAML, too
+        else:
             return bytes(yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode())
-        # JSON is YAML, too.
     return json.dumps(value, indent=2, default=_plain).encode()
 
 
@@ -69,9 +72,7 @@ def to_pil(image: Any) -> Any:
         raise ValueError(
             f"an image of shape {image.shape}: height x width, with 1, 3 or 4 channels behind"
         )
-    from PIL import Image
-
-    return Image.fromarray(_to_bytes(numpy, image))
+    return import_module("PIL.Image").fromarray(_to_bytes(numpy, image))
 
 
 def _to_bytes(numpy: Any, pixels: Any) -> Any:
@@ -100,10 +101,8 @@ def thumbnail(picture: Any) -> Any:
 
 def picture_bytes(picture: Any, name: str) -> bytes:
     """Return an image's file. Raises: ValueError: no format of that name."""
-    from PIL import Image
-
     suffix = os.path.splitext(name)[1].lower()
-    form = Image.registered_extensions().get(suffix)
+    form = import_module("PIL.Image").registered_extensions().get(suffix)
     if form is None:
         raise ValueError(f"{name!r}: PIL knows no image format of the name {suffix!r}")
     buffer = io.BytesIO()
@@ -157,10 +156,10 @@ def table_bytes(table: Table, name: str) -> bytes:
         return json.dumps(content, default=_plain).encode()
     if not name.endswith(".parquet"):
         raise ValueError(f"{name!r}: a table's file ends in .json or .parquet")
-    import pandas as pd
-
     buffer = io.BytesIO()
-    pd.DataFrame(table.rows, columns=table.columns).to_parquet(buffer, index=False)
+    import_module("pandas").DataFrame(table.rows, columns=table.columns).to_parquet(
+        buffer, index=False
+    )
     return buffer.getvalue()
 
 
@@ -190,10 +189,3 @@ def _plain(value: Any) -> Any:
         if hasattr(value, method):
             return getattr(value, method)()
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
-
-
-def _loaded_or_none(module: str) -> Any:
-    try:
-        return __import__(module)
-    except ImportError:
-        return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .errors import RelayError
-from .staging import LINK_BYTES_MIN
 
 #: One rank's journal while no daemon answers: memory, if the runtime folder is in memory.
 JOURNAL_BYTES_MAX = 256 << 20
 #: The longest that `end` may take.
 END_TIMEOUT_S = 5.0
+#: Smaller files are staged as copies rather than as hard links: 32 MiB take some 20 ms, and a copy
+#: cannot change.
+LINK_BYTES_MIN = 32 << 20
 
 
 def journal_bytes_max(env: Mapping[str, str], given: object = None) -> int:

@@ -1,7 +1,7 @@
 """A file → a place where it is safe until the daemon has brought it to MLflow.
 
     reflink   at once; a copy of its own          btrfs, XFS, ... on one file system
-    hard link at once; shares later writes        files of LINK_BYTES_MIN and more, one file system
+    hard link at once; shares later writes        large files, one file system
     copy      as long as a copy takes             everything else
     in place  at once; the user's own file        on request, or where there is no space for a copy
 
@@ -15,32 +15,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import RelayError
+from .fingerprint import open_regular, sample_digest
 from .paths import private_dir, staging_notice
 from .records import COPY, LINK, PLACE
 
-#: Smaller files are copied rather than linked: 32 MiB take some 20 ms, and a copy cannot change.
-LINK_BYTES_MIN = 32 << 20
-#: A digest is of the whole file up to this size, else of 16 pieces that are as long together: what
-#: reads a terabyte has no place in training.
-DIGEST_BYTES_MAX = 1 << 20
-DIGEST_PIECES = 16
 #: Errors of a disk that has no room, or is not to be written: then the file stays where it is.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 _FICLONE = 0x40049409  # linux/fs.h
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 class Staged(NamedTuple):
@@ -92,7 +79,7 @@ def run_folder(root: Path, run_id: str) -> Path:
     return folder
 
 
-def stage_file(source: str, target: Path, link_bytes_min: float = LINK_BYTES_MIN) -> Staged:
+def stage_file(source: str, target: Path, link_bytes_min: float) -> Staged:
     """Keep a file as it is now.
 
     Args:
@@ -142,32 +129,6 @@ def leave_in_place(source: str) -> Staged:
         return _described(PLACE, Path(source), fd)
     finally:
         os.close(fd)
-
-
-def open_regular(path: str | bytes) -> int:
-    """Return a descriptor to read from. Raises: ValueError: a FIFO, a device, ...; OSError."""
-    # Without O_NONBLOCK the opening of a FIFO waits for a writer.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    kind = stat.S_IFMT(os.fstat(fd).st_mode)
-    if kind != stat.S_IFREG:
-        os.close(fd)
-        name = os.fsdecode(path)
-        raise ValueError(f"{name!r} is {_KINDS.get(kind, 'no file')}, not a regular file")
-    return fd
-
-
-def sample_digest(fd: int, size: int) -> bytes:
-    """Return 16 bytes that differ if the file does: of all of it, or of pieces if it is large."""
-    from hashlib import blake2b
-
-    digest = blake2b(size.to_bytes(8, "little"), digest_size=16)
-    if size <= DIGEST_BYTES_MAX:
-        digest.update(os.pread(fd, size, 0))
-        return digest.digest()
-    piece = DIGEST_BYTES_MAX // DIGEST_PIECES
-    for index in range(DIGEST_PIECES):
-        digest.update(os.pread(fd, piece, (size - piece) * index // (DIGEST_PIECES - 1)))
-    return digest.digest()
 
 
 def _described(where: str, file: Path, fd: int) -> Staged:

@@ -24,7 +24,7 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
     ["service"],
-    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane"],
+    ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "artifacts"],
     ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
     ["states", "config", "control_client"],
     ["setting", "counters"],
@@ -206,6 +206,7 @@ def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agre
         *(
             "_version",
             "errors",
+            "fingerprint",
             "frames",
             "journal_files",
             "lineage",

@@ -245,4 +245,4 @@ def test_the_longest_text_is_what_the_table_says():
 def test_the_versions_are_those_of_the_code():
     assert '`"v"` is always there and is the protocol version, 1' in DOCUMENT
     assert messages.PROTOCOL_VERSION == 1
-    assert frames.VERSION == 1
+    assert (frames.VERSION, frames.VERSIONS) == (2, (1, 2))

@@ -179,8 +179,8 @@ def test_points_wait_for_a_full_disk(runs: Runs) -> None:
     ("shape", "suffix"),
     [
         ({"node_count": 1, "world_size": 2}, ""),
-        ({"node_count": 2, "node_rank": 1, "local_world_size": 2}, "/node_1"),
-        ({"local_world_size": 4}, ""),
+        ({"node_count": 2, "node_rank": 1, "local_world_size": 2, "world_size": 4}, "/node_1"),
+        ({"local_world_size": 4, "world_size": 4}, ""),
         ({"world_size": 2}, ""),
         ({"node_count": 2, "world_size": 4}, "/node_0"),
     ],

@@ -23,7 +23,6 @@ from mlflow_relay_daemon.states import RunState
 from tests.support.spools import (
     SESSION,
     FailingDisk,
-    Failure,
     found_in,
     frame_of_metrics,
     metrics,
@@ -631,7 +630,7 @@ def test_nothing_is_settled_if_waiting_values_cannot_be_kept(open_run, disk) -> 
     append(run, 200)
     run.settle(Watermark())
     before, segments = vars(run.mark).copy(), segment.numbers_in(run.folder)
-    disk.failures.append(Failure("rename", watermark.NAME, errno.ENOSPC))
+    disk.fail("rename", watermark.NAME, errno.ENOSPC)
     with pytest.raises(OSError, match="No space"):
         run.settle(Watermark(segment=max(segments), offset=0, reduction=WAITING))
     assert vars(run.mark) == before

@@ -53,6 +53,9 @@ SEARCH_CPU = """(() => {
     field.dispatchEvent(new Event('input', {bubbles: true}));
 })()"""
 
+CURVES_IN_SIGHT = """[...document.querySelectorAll('.js-plotly-plot .scatterlayer .js-line')]
+    .filter(line => line.getBoundingClientRect().bottom < innerHeight).length"""
+
 SCRIPT = """
     run = mlflow_relay.start_run("node metrics", run_key=sys.argv[1])
     run.log_metrics({"loss": 1.0}, step=0)
@@ -146,10 +149,7 @@ def test_two_nodes_stand_on_the_system_metrics_tab(nodes, mlflow_server, tmp_pat
             "it draws curves",
         )
         browser.value(SEARCH_CPU)
-        browser.wait_for(
-            "document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length == 2",
-            "one curve of each node is left",
-        )
+        browser.wait_for(f"{CURVES_IN_SIGHT} == 2", "one curve of each node is left")
         browser.screenshot("system-metrics-two-nodes")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from mlflow_relay.fingerprint import open_regular, sample_digest
 from mlflow_relay.records import LINK, PLACE, Artifact
-from mlflow_relay.staging import open_regular, sample_digest
 
 #: Bytes that are read, hashed and sent at a time.
 PIECE_BYTES = 1 << 20
