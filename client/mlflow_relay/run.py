@@ -291,6 +291,11 @@ class Run(ArtifactCalls):
                 self._socket,
             )
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether `end` was called: nothing more can be logged."""
+        return self._ended
+
     def __enter__(self) -> Run:
         return self
 

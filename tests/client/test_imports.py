@@ -24,10 +24,12 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
     ["service"],
+    ["combiner", "node_metrics", "own_records"],
     ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "artifacts"],
-    ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool"],
+    ["attachment", "dead_letters", "bisect_refusal", "reduction"],
+    ["batch", "retry", "sinks", "spool"],
     ["states", "config", "control_client"],
-    ["setting", "counters"],
+    ["setting", "counters", "sensors"],
     ["exits", "logs", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.
