@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -25,6 +26,10 @@ UNPROVEN = (
     "e2e/test_nodes.py",
     "crash/test_lineage_kills.py",
 )
+
+
+#: Tests run in pytest's own process, whose output is pytest's.
+os.environ["MLFLOW_RELAY_TERMINAL"] = "none"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

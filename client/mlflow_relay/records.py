@@ -9,6 +9,7 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     ARTIFACT [5, t, path, id, where, file, size, modified in ns, digest]
     REDUCE   [6, t, step, how, [key, ...], values]          one rank's; the daemon makes a point
     COMBINED [7, t, step, how, suffix, [key, ...], values, missing, born]   the daemon's point
+    TERMINAL [8, t, bytes]                                  what a rank has printed
 
 The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
 call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
@@ -27,7 +28,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END, ARTIFACT, REDUCE, COMBINED = 1, 2, 3, 4, 5, 6, 7
+METRICS, PARAMS, TAGS, END, ARTIFACT, REDUCE, COMBINED, TERMINAL = 1, 2, 3, 4, 5, 6, 7, 8
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -37,6 +38,7 @@ TEXT_CHARS_PER_RECORD_MAX = RECORD_BYTES_MAX // 8
 #: A key is for people to read; MLflow takes 250 characters, and says so in a dead letter.
 KEY_CHARS_MAX = 1000
 
+TERMINAL_BYTES_MAX = 1 << 18  # what was printed within a moment; more becomes several records
 NAME_BYTES_MAX = 255  # of a file on Linux
 ARTIFACT_PATH_BYTES_MAX = 800  # an object's key in S3 has 1024, the run's own part among them
 
@@ -120,7 +122,14 @@ class Combined(NamedTuple):
     born_ms: int  #: when the session of the youngest rank in it began
 
 
-Record = Metrics | Params | Tags | End | Artifact | Reduce | Combined
+class Terminal(NamedTuple):
+    """What a rank has printed, as it came."""
+
+    timestamp_ms: int
+    data: bytes
+
+
+Record = Metrics | Params | Tags | End | Artifact | Reduce | Combined | Terminal
 
 
 class MetricsPacker:
@@ -207,6 +216,11 @@ def pack_combined(points: Combined) -> bytes:
     return _packed([COMBINED, *points._replace(values=packed)])
 
 
+def pack_terminal(data: bytes, timestamp_ms: int) -> bytes:
+    """Return the record of what was printed, at most TERMINAL_BYTES_MAX."""
+    return _packed([TERMINAL, timestamp_ms, data])
+
+
 def pack_artifact(artifact: Artifact) -> bytes:
     """Return the record of an artifact; its path must have passed `check_artifact_path`."""
     return _packed([ARTIFACT, *artifact])
@@ -243,6 +257,9 @@ def unpack_record(record: bytes) -> Record:
                 _check_kind_and_time(kind, timestamp_ms)
                 points = (Reduce if kind == REDUCE else Combined)(timestamp_ms, *rest)
                 return _checked_points(points)
+            case [kind, timestamp_ms, bytes(data)] if kind == TERMINAL:
+                _check_kind_and_time(kind, timestamp_ms)
+                return Terminal(timestamp_ms, data)
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them

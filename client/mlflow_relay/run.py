@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from time import time_ns
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import fluent, records, settings
 from .artifacts import ArtifactCalls
@@ -26,6 +26,9 @@ from .messages import TEXT_CHARS_MAX
 from .paths import default_socket
 from .provenance import launch_tags, provenance
 from .session import Session
+
+if TYPE_CHECKING:
+    from .terminal import Capture
 
 log = logging.getLogger("mlflow_relay")
 
@@ -49,6 +52,7 @@ def start_run(
     rank: int | None = None,
     world_size: int | None = None,
     rank_metrics: str = "prefix",
+    terminal: str | None = None,
     socket: str | os.PathLike[str] | None = None,
     autostart: bool | None = None,
     journal_bytes_max: int | None = None,
@@ -73,6 +77,8 @@ def start_run(
         rank, world_size: told by the launcher if not given.
         rank_metrics: rank 0 logs under the plain key; the others under "rank_<n>/<key>"
             ("prefix"), not at all ("zero"), or under the plain key as well ("all").
+        terminal: whose output on stdout and stderr is kept, that of child processes too: of rank 0
+            ("rank0"), of each rank ("all"), of no one ("none"); MLFLOW_RELAY_TERMINAL.
         socket: of the daemon (MLFLOW_RELAY_SOCKET).
         autostart: start a daemon if none answers (MLFLOW_RELAY_AUTOSTART=1).
         journal_bytes_max: of this rank, for the time that no daemon answers
@@ -88,6 +94,7 @@ def start_run(
         raise ValueError(f"rank_metrics={rank_metrics!r}: one of {', '.join(RANK_METRICS)}")
     lineage = checked_lineage(resume, resume_mode, fork)
     env = os.environ
+    mode = settings.terminal(env, terminal)
     who = detect(
         env,
         rank=rank,
@@ -102,6 +109,7 @@ def start_run(
         _name("run_name", run_name or env.get("MLFLOW_RUN_NAME") or ""),
         lineage=lineage,
         rank_metrics=rank_metrics,
+        terminal=mode,
         socket=Path(socket) if socket is not None else default_socket(),
         autostart=settings.autostart(env) if autostart is None else autostart,
         journal_bytes_max=settings.journal_bytes_max(env, journal_bytes_max),
@@ -137,6 +145,7 @@ class Run(ArtifactCalls):
         *,
         lineage: dict[str, str],
         rank_metrics: str,
+        terminal: str,
         socket: Path,
         autostart: bool,
         journal_bytes_max: int,
@@ -178,7 +187,15 @@ class Run(ArtifactCalls):
             **_node_rank(who),
             **lineage,
         }
-        self._session: Session | None = self._open_session()
+        # First of all: no other thread of ours is there yet that would take the GIL meanwhile.
+        is_kept = terminal == "all" or (terminal == "rank0" and who.rank == 0)
+        self._terminal = self._keep_terminal() if is_kept else None
+        try:
+            self._session: Session | None = self._open_session()
+        except BaseException:
+            if self._terminal is not None:
+                self._terminal.stop()
+            raise
         self._ended = self._is_cut_off = False
         _started = ordinal
         _runs.add(self)
@@ -274,6 +291,8 @@ class Run(ArtifactCalls):
             raise ValueError(f"status={status!r}: one of {', '.join(records.END_STATUSES)}")
         if self._ended:
             return
+        if self._terminal is not None:
+            self._terminal.stop()
         # Only if it is this process's own: a forked child that logged nothing has nothing to end.
         session = self._session
         if session is not None:
@@ -290,6 +309,11 @@ class Run(ArtifactCalls):
                 session.journal.path,
                 self._socket,
             )
+
+    def _keep_terminal(self) -> Capture | None:
+        from . import terminal
+
+        return terminal.start(self._card, self._socket, self._journal_bytes_max)
 
     @property
     def has_ended(self) -> bool:
@@ -360,6 +384,9 @@ class Run(ArtifactCalls):
         first use; it is no rank, so its end says nothing of the run."""
         session, self._session = self._session, None
         self._card = {**self._card, "primary": False}
+        if self._terminal is not None:
+            self._terminal.leave_to_parent()
+            self._terminal = None
         if session is not None:
             session.leave_to_parent()
 

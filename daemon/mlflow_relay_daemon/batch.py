@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import Artifact, Combined, End, Metrics, Params, Record, Reduce, Tags
+from mlflow_relay.records import (
+    Artifact,
+    Combined,
+    End,
+    Metrics,
+    Params,
+    Record,
+    Reduce,
+    Tags,
+    Terminal,
+)
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
+from mlflow_relay_daemon.spool.transcript import Printed
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
+PRINTED_BYTES_MAX = 4 << 20  # ours: what shares one fsync of a transcript
 GIVEN_VALUES_MAX = 50_000  # ours: for reduction, no request; what is read at once
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000
@@ -48,6 +60,8 @@ class Batch:
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     artifacts: list[Artifact] = field(default_factory=list)  #: for the run's ledger
+    printed: list[Printed] = field(default_factory=list)  #: for the ranks' transcripts
+    printed_bytes: int = 0
     #: For reduction, in order: session, what it says.
     given: list[tuple[bytes, Reduce | Combined]] = field(default_factory=list)
     given_values: int = 0
@@ -64,6 +78,8 @@ class Batch:
             return len(self.artifacts) < ARTIFACTS_MAX
         if isinstance(record, Reduce):
             return self.given_values < GIVEN_VALUES_MAX
+        if isinstance(record, Terminal):
+            return self.printed_bytes < PRINTED_BYTES_MAX
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
@@ -115,6 +131,11 @@ class Batch:
                     names, values, [timestamp_ms] * count, [step] * count, strict=True
                 )
                 self.given.append((session, record))
+
+    def add_printed(self, printed: Printed) -> None:
+        """Take in what a rank has printed."""
+        self.printed.append(printed)
+        self.printed_bytes += len(printed.data)
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]

@@ -29,7 +29,7 @@ FLOORS = [
     ["attachment", "dead_letters", "bisect_refusal", "reduction"],
     ["batch", "retry", "sinks", "spool"],
     ["states", "config", "control_client"],
-    ["setting", "counters", "sensors"],
+    ["setting", "counters", "sensors", "screen"],
     ["exits", "logs", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.

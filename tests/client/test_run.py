@@ -44,6 +44,7 @@ def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_RELAY_TERMINAL", "none")  # this process is pytest's
 
 
 @pytest.fixture

@@ -60,6 +60,7 @@ class Node:
         self.log = folder / "daemon.log"
         self.environ = _clean_environ()
         self.environ["MLFLOW_RELAY_SOCKET"] = str(self.socket)
+        self.environ["MLFLOW_RELAY_TERMINAL"] = "none"
         self._daemon_environ = {
             **self.environ,
             "MLFLOW_RELAY_SPOOL": str(self.spool),

@@ -15,6 +15,7 @@ from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
 from mlflow_relay_daemon.reduction import LATE, MISSING_TAG, Giver, Reduction
 from mlflow_relay_daemon.sinks import Refused, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.transcript import Printed
 from mlflow_relay_daemon.spool.watermark import Watermark
 
 #: From so many failures of one request on, while the server answers others, the request itself is
@@ -62,7 +63,7 @@ class Batches:
             )
             if header is not None and is_new:
                 for index, raw in enumerate(piece.records[skip:], skip):
-                    if not self._take(batch, header.session, raw):
+                    if not self._take(batch, header.session, header.first_seq + index, raw):
                         mark.segment, mark.offset = place
                         mark.skip = index
                         mark.sequences = seen.save()
@@ -80,7 +81,7 @@ class Batches:
         mark.sequences = seen.save()
         return batch, mark
 
-    def _take(self, batch: Batch, session: bytes, raw: bytes | None) -> bool:
+    def _take(self, batch: Batch, session: bytes, seq: int, raw: bytes | None) -> bool:
         """Put a record into the batch; return False if it has no room for it."""
         if raw is None:
             return True  # a gap in the numbers, counted when the run ends
@@ -94,7 +95,10 @@ class Batches:
             return False
         if isinstance(record, records.Params | records.Tags):
             record = self._translated(batch, record)
-        batch.add(session, record, self._known_params)
+        if isinstance(record, records.Terminal):
+            batch.add_printed(Printed(self._giver(session).rank, session, seq, record.data))
+        else:
+            batch.add(session, record, self._known_params)
         batch.records += 1
         return True
 
@@ -146,8 +150,7 @@ class Batches:
 
     def _giver(self, session: bytes) -> Giver:
         known = self._to.card.sessions.get(session.hex())
-        # One that the card has lost counts as a rank of its own.
-        return Giver(known.rank, known.start_ms) if known else Giver(-1, 0)
+        return Giver(known.rank, known.start_ms) if known else Giver(0, 0)
 
     def _held(self, batch: Batch, kind: str, key: str) -> str | None:
         """Return the value of this text that waits; None: there is none."""
@@ -220,6 +223,7 @@ class Batches:
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
         self._to.run.artifacts.accept(batch.artifacts)
+        self._to.run.terminal.add(batch.printed)
         self._to.run.settle(mark)
 
     # ── dead letters ──

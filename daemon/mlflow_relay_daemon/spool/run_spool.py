@@ -17,6 +17,7 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.transcript import Transcripts
 from mlflow_relay_daemon.spool.watermark import Watermark
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ class RunSpool:
         self.accepted_records = self.mark.settled_records
         self.sequences = Sequences(self.mark.sequences)
         self.artifacts = Ledger(disk, folder)
+        self.terminal = Transcripts(disk, folder)
         self._recover()
 
     # ── intake ──
