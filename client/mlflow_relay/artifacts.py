@@ -19,11 +19,11 @@ from .records import Artifact, check_artifact_path, pack_artifact
 from .staging import (
     NO_ROOM,
     Staged,
+    find_room,
     leave_in_place,
     run_folder,
     stage_bytes,
     stage_file,
-    staging_root,
 )
 
 if TYPE_CHECKING:
@@ -107,11 +107,12 @@ class ArtifactCalls:
 
     def _log_file(self, path: str, target: str, copy: bool) -> None:
         if not copy:
-            self._keep_artifact(target, lambda _: leave_in_place(path))
+            self._keep_in_place(path, target)
             return
         least = settings.link_bytes_min(os.environ)
         try:
-            self._keep_artifact(target, lambda file: stage_file(path, file, least))
+            size = os.stat(path).st_size
+            self._keep_staged(target, size, lambda file: stage_file(path, file, least))
         except OSError as error:
             if error.errno not in NO_ROOM or not os.access(path, os.R_OK):
                 raise
@@ -121,7 +122,7 @@ class ArtifactCalls:
                 path,
                 error.strerror,
             )
-            self._keep_artifact(target, lambda _: leave_in_place(path))
+            self._keep_in_place(path, target)
 
     # ── content ──
 
@@ -212,20 +213,28 @@ class ArtifactCalls:
 
     def _log_bytes(self, content: bytes, target: str) -> None:
         try:
-            self._keep_artifact(target, lambda file: stage_bytes(content, file))
+            self._keep_staged(target, len(content), lambda file: stage_bytes(content, file))
         except OSError as error:
             self._lose(f"there is no room to keep the artifact {target!r}: {error.strerror}")
 
     # ── both ──
 
-    def _keep_artifact(self, target: str, stage: Callable[[Path], Staged]) -> None:
-        """Stage, then keep the record. Crash: between the two, the daemon finds a staged file that
-        no record names, and removes it: the call had not returned."""
+    def _keep_staged(self, target: str, size: int, stage: Callable[[Path], Staged]) -> None:
+        """Stage, then keep the record. Crash: between the two, a file is left that no record
+        names, and the daemon removes it: the call had not returned.
+
+        Raises: OSError: no room, or the disk's trouble; ValueError: no regular file.
+        """
         name = os.urandom(16).hex()
-        file = run_folder(staging_root(self._socket, os.environ), self.run_id) / name
-        staged = stage(file)
-        if not self._keep(pack_artifact(Artifact(_now_ms(), target, name, *staged))):
+        room = find_room(self._socket, os.environ)
+        file = run_folder(room.root, self.run_id) / name
+        room.check(size)
+        if not self._keep(pack_artifact(Artifact(_now_ms(), target, name, *stage(file)))):
             file.unlink(missing_ok=True)
+
+    def _keep_in_place(self, path: str, target: str) -> None:
+        name, staged = os.urandom(16).hex(), leave_in_place(path)
+        self._keep(pack_artifact(Artifact(_now_ms(), target, name, *staged)))
 
     def _keep(self, record: bytes) -> bool:
         raise NotImplementedError

@@ -40,20 +40,38 @@ class Staged(NamedTuple):
     digest: bytes
 
 
-def staging_root(socket: Path, environ: Mapping[str, str]) -> Path:
-    """Return the folder in which all runs' files are staged."""
-    named = environ.get("MLFLOW_RELAY_STAGING")
-    if named:
-        return Path(named).absolute()
+class Room(NamedTuple):
+    """Where files may be staged, and how much."""
+
+    root: Path  #: the folder of all runs
+    free_bytes_min: int = 0  #: free space of the disk that is left to others
+    bytes_left: int | None = None  #: what the daemon's quota leaves; None: there is none
+
+    def check(self, size: int) -> None:
+        """Raises: OSError: there is no room for a file of this size."""
+        if self.bytes_left is not None and size > self.bytes_left:
+            raise OSError(errno.EDQUOT, "the quota of the daemon's spool is reached")
+        if self.free_bytes_min and size:
+            found = os.statvfs(self.root)
+            if found.f_bavail * found.f_frsize - size < self.free_bytes_min:
+                raise OSError(errno.ENOSPC, f"under {self.free_bytes_min} bytes would be free")
+
+
+def find_room(socket: Path, environ: Mapping[str, str]) -> Room:
+    """Return where the ranks of this socket stage files. Asked at each call: a daemon may come."""
     import json
 
+    named = environ.get("MLFLOW_RELAY_STAGING")
+    if named:
+        return Room(Path(named).absolute())
     try:
         told = json.loads(staging_notice(socket).read_text(encoding="utf-8"))
-        if told["version"] == 1 and os.path.isdir(told["folder"]):
-            return Path(told["folder"])
+        room = Room(Path(told["folder"]), told["free_bytes_min"], told["bytes_left"])
+        if told["version"] == 1 and room.root.is_dir():
+            return room
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no daemon has been here yet, or a later one that says it in another way
-    return default_staging(environ)
+    return Room(default_staging(environ))
 
 
 def default_staging(environ: Mapping[str, str]) -> Path:

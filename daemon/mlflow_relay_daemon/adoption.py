@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 
 #: How long one look may take over journals; the loop has ranks to serve, the rest comes next time.
 LOOK_BUDGET_S = 0.2
+#: What is taken over in one piece: a journal may be larger than the space that there is, and each
+#: piece that is delivered gives its space to the next.
+GROUP_BYTES = 256 << 10
 #: A session whose journal is not to be seen lives as long as it is heard of; ALIVE comes every 5 s.
 UNSEEN_TIMEOUT_S = 30.0
 #: What a rank killed in the making of its journal leaves is removed after this time.
@@ -235,12 +238,24 @@ class Watcher:
         except FormatError as error:
             self._runs.spool.quarantine(path, error)
             return
-        self._runs.spool.check_space(sum(map(len, salvage.frames)))
-        if salvage.frames:
-            hosted.run.append([(read_frame(frame), frame) for frame in salvage.frames])
-            self._runs.notify(hosted)
+        for group in _groups(salvage.frames):
+            self._runs.append(hosted, [(read_frame(frame), frame) for frame in group])
         hosted.run.skip_to(session, salvage.next_seq)
         path.unlink(missing_ok=True)
+
+
+def _groups(frames: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Yield frames in groups that share an fsync, of about GROUP_BYTES."""
+    group: list[bytes] = []
+    size = 0
+    for frame in frames:
+        group.append(frame)
+        size += len(frame)
+        if size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _in_order(paths: Iterable[Path]) -> list[Path]:

@@ -21,6 +21,7 @@ from mlflow_relay_daemon.spool.transcript import Printed
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
+ARTIFACT_LETTER = "artifact"  #: kind of a dead letter that is a file
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
 PRINTED_BYTES_MAX = 4 << 20  # ours: what shares one fsync of a transcript
 GIVEN_VALUES_MAX = 50_000  # ours: for reduction, no request; what is read at once
@@ -183,6 +184,12 @@ class Batch:
     def is_empty(self) -> bool:
         """Whether there is nothing to send."""
         return not (self.metrics or self.params or self.tags)
+
+
+def fits_whole(entry: Entry) -> bool:
+    """Return whether MLflow would keep all of it: it cuts what is too long, and says nothing."""
+    chars_max = {"param": PARAM_CHARS_MAX, "tag": TAG_CHARS_MAX}.get(entry.kind)
+    return chars_max is None or len(str(entry.value)) <= chars_max
 
 
 def _metric_entry(metric: Metric) -> Entry:

@@ -15,6 +15,7 @@ from typing import Any
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import FormatError
 from mlflow_relay.messages import pack_map, unpack_map
+from mlflow_relay_daemon.artifacts import refused
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.lane import by_hand
 from mlflow_relay_daemon.lane.relatives import IDS_MAX, relatives
@@ -78,6 +79,8 @@ class Control:
         self._look()
         chosen = self._chosen(request.get("runs"))
         self._runs.delivery.deliver_now([each.lane for each in chosen if each.lane is not None])
+        if self._runs.uploads is not None:
+            self._runs.uploads.try_now()
         return {
             each.run.card.run_id: each.run.accepted_records + self._in_journals(each)
             for each in chosen
@@ -108,6 +111,7 @@ class Control:
     def _retry(self, peer: bytes, chosen: list[Hosted], ids: set[int] | None) -> None:
         try:
             taken = sum(each.lane.retry_letters(ids) for each in chosen if each.lane is not None)
+            taken += sum(refused.try_again(each.run, each.letters, ids) for each in chosen)
             self.answer_later(peer, _ok(count=taken))
         except (SinkError, OSError) as error:
             self.answer_later(peer, _failed(str(error)))
@@ -158,6 +162,7 @@ class Control:
 def _drop(hosted: Hosted, ids: set[int] | None) -> int:
     if ids is None:
         ids = {letter.id for letter in hosted.letters.list()}
+    refused.drop(hosted.run, hosted.letters, ids)
     return hosted.letters.remove(ids) if ids else 0
 
 

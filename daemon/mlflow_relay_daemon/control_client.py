@@ -87,13 +87,14 @@ class ControlClient:
     def dead_letters(
         self, action: str, run: str | None = None, ids: Sequence[Any] | None = None
     ) -> dict[str, Any]:
-        """List, retry or drop what MLflow refused.
+        """List, retry or drop what MLflow refused; a retry waits for MLflow.
 
         Args:    action: list, retry or drop. run: of this relay run id only. ids: only these.
         Returns: {"dead_letters": [...]} for list, else {"count": n}.
         """
         chosen = None if ids is None else list(ids)
-        return self.ask("dead_letters", action=action, run=run, ids=chosen)
+        ask = self.ask_patiently if action == "retry" else self.ask
+        return ask("dead_letters", action=action, run=run, ids=chosen)
 
     def link(self, run: str, to: str, kind: str | None = None) -> list[dict[str, str]]:
         """Name the run that a waiting link of a run is to go to.
@@ -130,6 +131,20 @@ class ControlClient:
                 f"the daemon at {self._path} is there but did not answer within {self._timeout_s:g}"
                 " s: its disk may be stuck, see its log; try again, or restart it"
             )
+        return self._understand(dealer.recv_multipart())
+
+    def ask_patiently(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Return the answer to a command that waits for the server, as long as the daemon lives.
+
+        Raises:  NoDaemon: nobody answers pings, or a new daemon does. DaemonRefused: it said no.
+        """
+        dealer = self._dealer or self._call_up()
+        pid = self.ping()["pid"]
+        dealer.send_multipart([CONTROL, pack_map({"command": command, **arguments})])
+        while not dealer.poll(int(self._timeout_s * 1000)):
+            with ControlClient(self._path, self._timeout_s) as other:
+                if other.ping()["pid"] != pid:
+                    raise NoDaemon("the daemon was restarted meanwhile: try again")
         return self._understand(dealer.recv_multipart())
 
     # --- the wire -----------------------------------------------------------------------------

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from mlflow_relay.frames import Header
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
@@ -19,7 +24,13 @@ from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
 
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
+
 log = logging.getLogger(__name__)
+
+#: A disk is no longer called full if it has so much space, and nobody has met its end for so long.
+SPACE_BYTES_MIN, SPACE_AGE_S = 64 << 10, 5.0
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,7 @@ class Runs:
 
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
+        artifact_wait_s: how long the end of a run waits for its artifacts.
     """
 
     def __init__(
@@ -45,10 +57,16 @@ class Runs:
         breaker: Breaker | None,
         delivery: Delivery | None,
         lineage_params: LineageParams | None = None,
+        *,
+        artifact_wait_s: float = 0.0,
     ) -> None:
+        self._artifact_wait_s = artifact_wait_s
+        self.uploads: Uploads | None = None  #: set by the service, unless it is offline
         self._lineage_params = lineage_params or LineageParams()
         self.spool, self.sink, self.breaker, self.delivery = spool, sink, breaker, delivery
         self.by_id: dict[str, Hosted] = {}
+        self.is_full = False  #: records could not be written, and none could since
+        self._full_s = 0.0
         for run in spool.runs.values():
             self._host(run)
 
@@ -86,6 +104,28 @@ class Runs:
         self.notify(hosted)
         return hosted
 
+    def append(self, hosted: Hosted, frames: Sequence[tuple[Header, bytes]]) -> None:
+        """Append frames to a run; they are on the disk when this returns.
+
+        Raises: OSError: not one of them counts.
+        """
+        try:
+            self.spool.check_space(sum(len(frame) for _, frame in frames))
+            hosted.run.append(frames)
+        except OSError:
+            self.is_full, self._full_s = True, time.monotonic()
+            raise
+        if self.is_full:
+            self._take_again()
+        self.notify(hosted)
+
+    def look_for_space(self) -> None:
+        """See whether a full disk has space again, though no record comes that would tell."""
+        if self.is_full and time.monotonic() > self._full_s + SPACE_AGE_S:
+            with contextlib.suppress(OSError):
+                self.spool.check_space(SPACE_BYTES_MIN)
+                self._take_again()
+
     def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
         """The session is over, all that it had is in the spool.
 
@@ -114,12 +154,17 @@ class Runs:
             self.delivery.notify(hosted.lane)
 
     def return_space(self) -> None:
-        """Let go of segments whose content is delivered."""
+        """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
                 hosted.run.return_space()
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
+        self.spool.reserve.restore(self.spool.free_bytes())
+
+    def _take_again(self) -> None:
+        log.warning("the spool takes records again")
+        self.is_full = False
 
     def _card_of(self, run_id: str) -> Card | None:
         hosted = self.by_id.get(run_id)
@@ -136,8 +181,17 @@ class Runs:
         letters = DeadLetters(self.spool.disk, run.folder)
         lane = None
         if self.sink is not None and self.breaker is not None:
-            destination = Destination(run, self.sink, self.breaker, self.spool.node)
+            destination = Destination(
+                run, self.sink, self.breaker, self.spool.node, self._artifact_wait_s
+            )
             resolver = Resolver(self.sink, self._card_of)
-            lane = Lane(destination, resolver, letters, self._lineage_params, self._spread_news)
+            lane = Lane(
+                destination,
+                resolver,
+                letters,
+                self._lineage_params,
+                on_news=self._spread_news,
+                on_full=self.spool.reserve.spend,
+            )
         hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
         return hosted

@@ -64,7 +64,6 @@ class Intake:
         self._group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
         self._untold: set[bytes] = set()  # sessions that do not know their MLflow run id yet
-        self.is_full = False
         self._full_until_s = 0.0
         self._answers: deque[tuple[bytes, bytes]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -182,7 +181,7 @@ class Intake:
         if header.next_seq <= expected:
             self._counters.count("resent_frames", "a frame came twice")
             self._ack(header.session)  # of what is on the disk: its ack may have been lost
-        elif not self.is_full:  # else the gap is ours: the rank sends again after its timeout
+        elif not self._runs.is_full:  # else the gap is ours: the rank sends again after its timeout
             self._counters.count("resent_frames", "a frame came before its predecessor")
             self._send(peer, messages.UNKNOWN, header.session)
 
@@ -203,22 +202,16 @@ class Intake:
 
     def _append(self, hosted: Hosted, frames: list[tuple[Header, bytes]]) -> bool:
         """Return whether the frames are on the disk."""
-        if self.is_full and time.monotonic() < self._full_until_s:
+        if self._runs.is_full and time.monotonic() < self._full_until_s:
             return False
         try:
-            self._runs.spool.check_space(sum(len(frame) for _, frame in frames))
-            hosted.run.append(frames)
+            self._runs.append(hosted, frames)
         except OSError as error:
             self._counters.count(
                 "fsync_failures", f"not written, not acknowledged: {error.strerror or error}"
             )
-            self.is_full = True
             self._full_until_s = time.monotonic() + FULL_PAUSE_S
             return False
-        if self.is_full:
-            log.warning("the spool takes records again")
-            self.is_full = False
-        self._runs.notify(hosted)
         return True
 
     def _ack(self, session: bytes) -> None:

@@ -9,15 +9,13 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import journal_dir, private_dir
 from mlflow_relay_daemon.adoption import Watcher
-from mlflow_relay_daemon.artifacts.open import open_uploads, publish_staging
 from mlflow_relay_daemon.combiner import Combiner
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
@@ -31,10 +29,14 @@ from mlflow_relay_daemon.logs import set_up_logging
 from mlflow_relay_daemon.node_metrics import NodeMetrics
 from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.retry import Breaker
+from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
+
+if TYPE_CHECKING:
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +75,11 @@ class Service:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._stopping = False
+        self._uploads: Uploads | None = None
         self._looked_s = self._busy_s = time.monotonic()
         self._runtime_lock = _lock_runtime_folder(config)
         self._spool = _open_spool(config)
+        self._look_after_files()
         self._delivery = None
         sink = breaker = None
         if not config.offline:
@@ -86,9 +90,15 @@ class Service:
             )
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
-        self._runs = Runs(self._spool, sink, breaker, self._delivery, names)
-        self._staging = _publish_staging(self._spool, config)
-        self._uploads = sink and open_uploads(config, self._runs, sink, self._staging)
+        self._runs = Runs(
+            self._spool,
+            sink,
+            breaker,
+            self._delivery,
+            names,
+            artifact_wait_s=config.artifact_wait_s,
+        )
+        self._uploads = self._runs.uploads = sink and _open_uploads(config, self._runs, sink)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
         self._combiner = Combiner(self._runs, OwnRecords(self._runs), config.reduce_deadline_s)
         self._node_metrics = _open_node_metrics(config, self._runs, self._watcher)
@@ -168,9 +178,17 @@ class Service:
             if self._delivery is not None:
                 self._combiner.look(self._looked_s)
             self._runs.return_space()
-            if self._uploads is not None:
-                self._uploads.look()
+            self._runs.look_for_space()
+            self._look_after_files()
             _notify_systemd("WATCHDOG=1")
+
+    def _look_after_files(self) -> None:
+        try:
+            self._spool.publish_staging(self._config.socket)
+        except OSError as error:
+            log.debug("ranks are not told where to stage files: %s", error)
+        if self._uploads is not None:
+            self._uploads.look()
 
     def _is_delivered(self) -> bool:
         """Return whether lanes and artifacts have nothing to do."""
@@ -193,7 +211,7 @@ class Service:
 
     def _read_status(self) -> dict[str, Any]:
         return self._status.read(
-            sessions_open=len(self._intake.sessions), is_full=self._intake.is_full
+            sessions_open=len(self._intake.sessions), is_full=self._runs.is_full
         )
 
     def _is_idle_for_long(self) -> bool:
@@ -257,14 +275,22 @@ def _open_spool(config: Config) -> Spool:
         ) from error
 
 
-def _publish_staging(spool: Spool, config: Config) -> Path:
-    try:
-        return publish_staging(spool.disk, config.spool, config.socket)
-    except OSError as error:
-        raise CommandError(
-            f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
-            "another --spool"
-        ) from error
+def _open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:
+    """Nothing is started or connected before there is an artifact."""
+    from mlflow_relay_daemon.artifacts.helper_client import Helper
+    from mlflow_relay_daemon.artifacts.stores import Stores
+    from mlflow_relay_daemon.artifacts.uploads import Uploads
+    from mlflow_relay_daemon.sinks.rest import RestSink
+
+    helper = Helper(config.tracking_uri, config.artifact_uploads)
+    return Uploads(
+        runs,
+        sink,
+        Stores(config.tracking_uri, is_direct=isinstance(sink, RestSink), helper=helper),
+        threads=config.artifact_uploads,
+        bytes_per_s=config.artifact_bytes_per_s,
+        wait_s_max=config.retry_wait_s_max,
+    )
 
 
 def _open_sink(config: Config) -> Any:

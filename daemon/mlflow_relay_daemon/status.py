@@ -20,8 +20,10 @@ from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool.card import Link
 from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.ledger import COUNTS, NOT_UPLOADING
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import QUARANTINE, RUNS
+from mlflow_relay_daemon.spool.staging import Staging
 from mlflow_relay_daemon.states import RunState
 
 SCHEMA_VERSION = 1
@@ -46,6 +48,7 @@ class StatusReader:
             "server": _server(self._runs.breaker),
             "disk": {
                 "spool_bytes": spool.segment_bytes(),
+                "staged_bytes": spool.staging.bytes(),
                 "spool_bytes_max": spool.bytes_max,
                 "free_bytes": spool.free_bytes(),
                 "free_bytes_min": spool.free_bytes_min,
@@ -83,6 +86,8 @@ class StatusReader:
         found = run_status(hosted.run, hosted.letters.count)
         found["journal_records"] = self._watcher.in_journals(hosted)
         found["lost_records"] += self._watcher.lost(hosted)
+        if self._runs.uploads is not None:
+            found["artifacts"].update(self._runs.uploads.status_of(card.run_id))
         if lane is not None:
             found["last_error"] = lane.last_error
             if lane.is_blocked:
@@ -131,6 +136,7 @@ def run_status(run: RunSpool, dead_letters: int) -> dict[str, Any]:
             "start_ms": card.start_ms,
             "end_ms": card.end_ms,
             "url": None,
+            "artifacts": run.artifacts.status(),
         }
 
 
@@ -173,6 +179,7 @@ def read_spool(folder: Path) -> dict[str, Any]:
         "server": None,
         "disk": {
             "spool_bytes": sum(each.stat().st_size for each in folder.glob(f"{RUNS}/*/*.segment")),
+            "staged_bytes": Staging(disk, folder).bytes(),
             "spool_bytes_max": None,
             "free_bytes": disk.free_bytes(_existing(folder)),
             "free_bytes_min": 0,
@@ -208,7 +215,8 @@ def _state(run: RunSpool) -> str:
         return "waiting"
     if any(not each.closed for each in card.sessions.values()):
         return "running"
-    return "ended" if card.state is RunState.ENDED and run.is_drained() else "ending"
+    is_done = card.state is RunState.ENDED and run.is_drained() and not run.artifacts.waiting
+    return "ended" if is_done else "ending"
 
 
 def _unreadable(path: Path) -> dict[str, Any]:
@@ -250,6 +258,7 @@ def run_status_of_nothing() -> dict[str, Any]:
         "lineage": lineage,
         "state": "waiting",
         "status": "RUNNING",
+        "artifacts": dict.fromkeys(COUNTS, 0) | NOT_UPLOADING,
     }
 
 

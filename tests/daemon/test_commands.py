@@ -64,6 +64,9 @@ def a_run(run_id: str = ID_A, **changes: Any) -> dict[str, Any]:
         "waiting_bytes": 340_000, "journal_records": 0, "oldest_waiting_ms": NOW_MS - 3000,
         "dead_letters": 0, "lost_records": 0, "damaged_records": 0, "last_error": None,
         "start_ms": NOW_MS - 7_200_000, "end_ms": None, "url": None,
+        "artifacts": {"accepted": 0, "settled_to": 0, "waiting": 0, "waiting_bytes": 0,
+                      "uploaded": 0, "uploaded_bytes": 0, "replaced": 0, "refused": 0,
+                      "sending": 0, "sent_bytes": 0, "last_error": None},
     }  # fmt: skip
     return {**run, **changes}
 
@@ -80,7 +83,7 @@ def a_status(*runs: dict[str, Any], **changes: Any) -> dict[str, Any]:
         },
         "server": {"state": "up", "since_ms": NOW_MS - 3_600_000, "last_error": None,
                    "next_try_ms": None},
-        "disk": {"spool_bytes": 1_200_000_000, "spool_bytes_max": None,
+        "disk": {"spool_bytes": 1_200_000_000, "staged_bytes": 0, "spool_bytes_max": None,
                  "free_bytes": 120_000_000_000, "free_bytes_min": 256_000_000, "full": False},
         "counters": {"bad_messages": 0, "fsync_failures": 0, "quarantined_files": 0,
                      "damaged_records": 0, "resent_frames": 0},
@@ -753,7 +756,9 @@ def test_no_dead_letters_is_said(daemon: FakeDaemon) -> None:
 
 @pytest.mark.usefixtures("letters")
 def test_retry_offers_the_chosen_ones_again(daemon: FakeDaemon) -> None:
-    assert relay("dead-letters", "retry", "--run", "o96").stdout.startswith("2 records to be tried")
+    assert relay("dead-letters", "retry", "--run", "o96").stdout.startswith(
+        "2 records delivered, 0"
+    )
     assert acted(daemon, "retry") == [(ID_A, [1, 2])]
     assert (
         json.loads(relay("dead-letters", "retry", "--run", "n320", "--id", "1", "--json").stdout)[

@@ -60,7 +60,7 @@ def new_lane(run: RunSpool, sink: FakeSink, breaker: Breaker, letters: DeadLette
         Resolver(sink, lambda run_id: None),
         letters,
         LineageParams(run=(), fork=()),
-        lambda: None,
+        on_news=lambda: None,
     )
 
 

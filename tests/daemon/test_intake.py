@@ -357,13 +357,13 @@ def test_what_is_not_on_the_disk_is_not_acknowledged(daemon, peer, monkeypatch, 
     daemon.disk.fail(operation, "" if operation == "sync_folder" else ".segment", error)
     peer.send(0)
     assert peer.hears_nothing()
-    assert daemon.intake.is_full
+    assert daemon.runs.is_full
     assert daemon.counters.fsync_failures == 1
     assert daemon.hosted().run.next_seq(SESSION) == 0
 
     peer.send(0)
     assert peer.hear_ack() == 5
-    assert not daemon.intake.is_full
+    assert not daemon.runs.is_full
     assert seqs_in(daemon.hosted().run) == list(range(5))
 
 

@@ -71,7 +71,7 @@ def test_every_file_of_a_spool_is_described(tmp_path):
 
     layout = section(INTERNALS, "3. The spool")
     found = [path.relative_to(spool.folder) for path in spool.folder.rglob("*")]
-    assert len(found) == 9, found
+    assert len(found) == 10, found
     for path in found:
         shown = path.name.replace(RUN_ID, "<relay run id>")
         shown = re.sub(r"^\d+-damaged$", "<ns since 1970>-<name>", shown)

@@ -526,6 +526,24 @@ def test_a_late_node_corrects_the_end_that_the_owner_told_without_it(mlflow, nod
     assert run.info.status == "FAILED"
 
 
+def test_a_rank_that_came_and_went_since_the_end_was_told_is_told_to_the_other_nodes(
+    mlflow, node, other_node, monkeypatch
+):
+    """It ended no later than the others of its node, and no worse: only the word changes."""
+    monkeypatch.setattr("tests.support.fake_mlflow._now_ms", lambda: 1_700_000_000_000)
+    shape = {"world_size": 3, "node_count": 0}
+    other_node.start("job", rank=1, **shape).end()
+    node.start("job", rank=0, **shape).end()
+    for each in (node, other_node):
+        each.work()
+    run = mlflow.of(id_of("job"))
+    assert run.info.status == "RUNNING", "nothing is known of rank 2"
+    other_node.start("job", rank=2, **shape).end()
+    for each in (other_node, node):
+        each.work()
+    assert run.info.status == "FINISHED"
+
+
 def test_a_run_that_failed_and_then_ended_well_has_no_reason_left(mlflow, node, other_node):
     node.start("job").log().vanish()
     node.work()

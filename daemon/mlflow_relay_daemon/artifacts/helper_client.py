@@ -65,7 +65,7 @@ class Helper:
         if said["error"] is not None:
             secrets = (*uri_secrets(uri), *uri_secrets(self._tracking_uri))
             why = f"{asked}: {scrub(said['error'], secrets)[:ERROR_CHARS_MAX]}"
-            raise Refused(why) if said["kind"] == PERMANENT else ServerAway(why)
+            raise Refused(why) if said["kind"] == PERMANENT else TryAgain(why)
 
     def rest(self) -> None:
         """Let the helper go if it had nothing to do for a while. Called now and then."""

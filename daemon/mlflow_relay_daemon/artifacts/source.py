@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from types import TracebackType
 
 from mlflow_relay.fingerprint import open_regular, sample_digest
 from mlflow_relay.records import LINK, PLACE, Artifact
+
+log = logging.getLogger(__name__)
 
 #: Bytes that are read, hashed and sent at a time.
 PIECE_BYTES = 1 << 20
@@ -33,6 +36,25 @@ def locate(artifact: Artifact, run_id: str, staging: Path) -> Path:
     return Path(os.fsdecode(artifact.file))
 
 
+def sync_file(artifact: Artifact, path: Path) -> None:
+    """Have a staged file on the disk, name and all. It is safe from the death of processes as it
+    is; this is for power failures. What fails here is seen at the upload."""
+    for each in (path, path.parent):
+        try:
+            fd = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return  # uploaded meanwhile
+        except OSError as error:
+            log.warning("artifact %r: %s cannot be synced: %s", artifact.path, each, error.strerror)
+            return
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            log.warning("artifact %r: %s cannot be synced: %s", artifact.path, each, error.strerror)
+        finally:
+            os.close(fd)
+
+
 class Source:
     """An open file with its checks. A context manager.
 
@@ -43,7 +65,7 @@ class Source:
     def __init__(self, artifact: Artifact, path: Path, take: Callable[[int], None]) -> None:
         self.size = artifact.size
         self.path = path
-        self.sent = 0
+        self.sent = self.taken = 0
         self._artifact, self._take = artifact, take
         self._sha256 = hashlib.sha256()
         try:
@@ -79,6 +101,7 @@ class Source:
         if wanted == 0:
             return b""
         self._take(wanted)
+        self.taken += wanted
         try:
             data = os.pread(self._fd, wanted, self.sent)
         except OSError as error:

@@ -73,10 +73,22 @@ def list_(config: Config, name: str | None, ids: tuple[str, ...], as_json: bool)
 @click.option("--json", "as_json", is_flag=True, help="Print the count as JSON.")
 @with_config("socket")
 def retry(config: Config, name: str | None, ids: tuple[str, ...], as_json: bool) -> None:
-    """Offer them to MLflow once more, after what it minded is mended."""
+    """Offer them to MLflow once more, after what it minded is mended.
+
+    Waits for MLflow's answer. Those that are refused again stay; the exit code is 1 then.
+    """
     with ControlClient(config.socket) as client:
-        count = _act(client, "retry", _gather(client, name, ids))
-    _print_count(count, "to be tried again: `mlflow-relay flush` waits for it", as_json)
+        letters = _gather(client, name, ids)
+        count = _act(client, "retry", letters)
+    refused = len(letters) - count
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "count": count, "refused": refused})
+    elif not letters:
+        click.echo("no dead letters")
+    else:
+        click.echo(f"{plural(count, 'record')} delivered, {refused:,} refused again")
+    if refused:
+        click.get_current_context().exit(DEGRADED)
 
 
 @dead_letters.command(epilog=example("mlflow-relay dead-letters drop --run o96 --yes"))
@@ -92,7 +104,10 @@ def drop(config: Config, name: str | None, ids: tuple[str, ...], yes: bool, as_j
             click.get_current_context().exit(DEGRADED)
         # Only what was shown: one that arrives while the question stands is not dropped unseen.
         count = _act(client, "drop", letters)
-    _print_count(count, "dropped", as_json)
+    if as_json:
+        print_json({"schema_version": SCHEMA_VERSION, "count": count})
+    else:
+        click.echo(f"{plural(count, 'record')} dropped" if count else "no dead letters")
 
 
 # --- gather -----------------------------------------------------------------------------------
@@ -153,10 +168,3 @@ def letter_lines(letters: list[Letter], width: int | None) -> list[Text]:
         for letter in letters
     ]
     return lay_out(columns, rows, width)
-
-
-def _print_count(count: int, done: str, as_json: bool) -> None:
-    if as_json:
-        print_json({"schema_version": SCHEMA_VERSION, "count": count})
-    else:
-        click.echo(f"{plural(count, 'record')} {done}" if count else "no dead letters")

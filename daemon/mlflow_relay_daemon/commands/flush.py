@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import click
@@ -36,6 +36,11 @@ class Progress:
     dead_letters: int  # that came during this flush
     settled: int
     total: int
+    files_left: Mapping[str, int] = field(default_factory=dict)  # artifacts to go
+
+    @property
+    def is_done(self) -> bool:
+        return not self.left and not self.files_left
 
 
 @click.command(
@@ -52,7 +57,8 @@ class Progress:
 def flush(config: Config, names: tuple[str, ...], timeout_s: float) -> None:
     """Deliver now what was accepted before this call.
 
-    RUN is an id, the first characters of one, or a run name; none means all runs.
+    Metrics, params, tags and artifacts. RUN is an id, the first characters of one, or a run name;
+    none means all runs.
     """
     with ControlClient(config.socket) as client:
         before = client.status()
@@ -80,6 +86,7 @@ def _wait(
     """Poll until every run is done or blocked, or time runs out; return the last state."""
     status = before
     answered_s = started_s
+    files: dict[str, int] = {}
     while True:
         try:
             status = client.status()
@@ -87,12 +94,14 @@ def _wait(
         except NoDaemon:
             if time.monotonic() - answered_s > DAEMON_GRACE_S:
                 raise
-        progress = measure(before, status, targets)
+        note_files(files, status, targets)
+        progress = measure(before, status, targets, files)
         report(progress)
         waited_s = time.monotonic() - started_s
-        is_blocked = set(progress.left) <= set(progress.blocked) and waited_s >= BLOCKED_GRACE_S
+        is_blocked = set(progress.left) <= set(progress.blocked) and not progress.files_left
+        is_blocked = is_blocked and waited_s >= BLOCKED_GRACE_S
         is_stuck = is_blocked or _is_offline(status)
-        if not progress.left or is_stuck or waited_s >= timeout_s:
+        if progress.is_done or is_stuck or waited_s >= timeout_s:
             return status, progress
         time.sleep(min(POLL_PERIOD_S, max(timeout_s - waited_s, 0.0)))
 
@@ -100,8 +109,25 @@ def _wait(
 # --- judge ------------------------------------------------------------------------------------
 
 
-def measure(before: dict[str, Any], status: dict[str, Any], targets: Mapping[str, int]) -> Progress:
-    """Compare what was to be delivered with what is. Pure."""
+def note_files(files: dict[str, int], status: dict[str, Any], targets: Mapping[str, int]) -> None:
+    """Note how many artifacts a run has once its records are settled: only then are they known."""
+    for run in status["runs"]:
+        run_id = run["run_id"]
+        is_settled = run_id in targets and run["settled_records"] >= targets[run_id]
+        if is_settled and "artifacts" in run:  # an older daemon does not know of them
+            files.setdefault(run_id, run["artifacts"]["accepted"])
+
+
+def measure(
+    before: dict[str, Any],
+    status: dict[str, Any],
+    targets: Mapping[str, int],
+    files: Mapping[str, int] | None = None,
+) -> Progress:
+    """Compare what was to be delivered with what is. Pure.
+
+    Args: files: artifacts by run that were accepted before; see `note_files`.
+    """
     first = {run["run_id"]: run for run in before["runs"]}
     now = {run["run_id"]: run for run in status["runs"]}
     left, blocked, total, settled, dead_letters = {}, {}, 0, 0, 0
@@ -117,14 +143,19 @@ def measure(before: dict[str, Any], status: dict[str, Any], targets: Mapping[str
             left[run_id] = target - reached
             if run["state"] == "blocked":
                 blocked[run_id] = one_line(run["last_error"] or "no reason known")
-    return Progress(left, blocked, dead_letters, settled, total)
+    files_left = {}
+    for run_id, target in (files or {}).items():
+        artifacts = now.get(run_id, {}).get("artifacts", {"settled_to": 0, "waiting": target})
+        if artifacts["settled_to"] < target:
+            files_left[run_id] = min(target - artifacts["settled_to"], artifacts["waiting"])
+    return Progress(left, blocked, dead_letters, settled, total, files_left)
 
 
 def exit_code(progress: Progress) -> int:
     """Return the exit code of a flush that has ended. Pure."""
     if progress.blocked or progress.dead_letters:
         return DEGRADED
-    return TIME_RAN_OUT if progress.left else DONE
+    return DONE if progress.is_done else TIME_RAN_OUT
 
 
 def _is_offline(status: dict[str, Any]) -> bool:
@@ -136,7 +167,7 @@ def _is_offline(status: dict[str, Any]) -> bool:
 
 def outcome_lines(status: dict[str, Any], progress: Progress, waited_s: float) -> list[str]:
     """Return what was done and, per run, what is left and why. Pure."""
-    if not progress.total and not progress.dead_letters:
+    if not progress.total and not progress.dead_letters and progress.is_done:
         return ["nothing to flush: all that was accepted is settled"]
     lines = [f"{plural(progress.settled, 'record')} settled in {waited_s:.1f} s"]
     if progress.dead_letters:
@@ -151,7 +182,12 @@ def outcome_lines(status: dict[str, Any], progress: Progress, waited_s: float) -
         why = f"blocked: {progress.blocked[run_id]}" if run_id in progress.blocked else ""
         why = why or _why_left(status, run)
         lines.append(f"left: {name} {run_id[:8]}: {plural(records, 'record')}{why and ': ' + why}")
-    if progress.left and not _is_offline(status):
+    for run_id, count in progress.files_left.items():
+        run = known.get(run_id, {})
+        why = one_line((run.get("artifacts") or {}).get("last_error") or "")
+        name = one_line(run.get("run_name") or "run")
+        lines.append(f"left: {name} {run_id[:8]}: {plural(count, 'artifact')}{why and ': ' + why}")
+    if not progress.is_done and not _is_offline(status):
         lines.append("nothing is lost: it is in the spool, and the daemon goes on")
     return lines
 
@@ -182,7 +218,7 @@ def _reporter() -> Iterator[Callable[[Progress], None]]:
             next_s = time.monotonic() + REPORT_PERIOD_S
             click.echo(
                 f"flushing: {progress.settled:,} of {plural(progress.total, 'record')}, "
-                f"{plural(len(progress.left), 'run')} to go",
+                f"{plural(len({*progress.left, *progress.files_left}), 'run')} to go",
                 err=True,
             )
 

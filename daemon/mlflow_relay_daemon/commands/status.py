@@ -111,6 +111,7 @@ def status_lines(status: Status, width: int | None) -> list[Text]:
         lines.append(Text("no runs"))
     below = [(f"! {trouble}", "red") for trouble in troubles(status)]
     below += [(f"- {wait}", "") for wait in waiting_links(status)]
+    below += [(f"- {wait}", "") for wait in waiting_artifacts(status)]
     if width is not None and width < ERROR_COLUMN_WIDTH_MIN:
         below += [(f"- {error}", "") for error in passing_errors(status)]
     if below:
@@ -163,6 +164,8 @@ def _server_words(status: Status) -> str:
 def _disk_words(disk: dict[str, Any]) -> str:
     quota = disk["spool_bytes_max"]
     words = f"{bytes_text(disk['spool_bytes'])} in the spool"
+    staged = disk.get("staged_bytes")  # an older daemon does not know of it
+    words += f", {bytes_text(staged)} staged" if staged else ""
     words += f" (quota {bytes_text(quota)})" if quota is not None else ""
     words += f", {bytes_text(disk['free_bytes'])} free"
     return ("FULL: " if disk["full"] else "") + words
@@ -258,6 +261,22 @@ def waiting_links(status: Status) -> list[str]:
         for run in status["runs"]
         if run.get("waits_for") and (run["mlflow_run_id"] is not None or is_up)
     ]
+
+
+def waiting_artifacts(status: Status) -> list[str]:
+    """Return which runs have artifacts to come, and why they are not there yet."""
+    lines = []
+    for run in status["runs"]:
+        artifacts = run.get("artifacts")
+        if artifacts and artifacts["waiting"]:
+            size = bytes_text(artifacts["waiting_bytes"])
+            words = f"{_who(run)}: {plural(artifacts['waiting'], 'artifact')} to come, {size}"
+            if artifacts["sending"]:
+                words += f", {bytes_text(artifacts['sent_bytes'])} of those being sent are there"
+            if artifacts["last_error"]:
+                words += f": {one_line(artifacts['last_error'])}"
+            lines.append(words)
+    return lines
 
 
 def _wait_words(run: Run) -> str:

@@ -7,7 +7,14 @@ import time
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
-from mlflow_relay_daemon.batch import Batch, Entry, Objection, split
+from mlflow_relay_daemon.batch import (
+    ARTIFACT_LETTER,
+    Batch,
+    Entry,
+    Objection,
+    fits_whole,
+    split,
+)
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -236,12 +243,14 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", "artifact", LATE) and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", ARTIFACT_LETTER, LATE)
+            and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id
             for letter in letters
-            if not deliver_apart([letter.entry()], self._send, (Refused,))
+            if fits_whole(letter.entry())
+            and not deliver_apart([letter.entry()], self._send, (Refused,))
         }
         self._refused_keys.clear()
         return self._letters.remove(taken)

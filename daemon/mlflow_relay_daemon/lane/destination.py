@@ -26,12 +26,14 @@ class Destination:
 
     Args:
         node: this daemon's name, unique among all that serve the run.
+        artifact_wait_s: how long the end of the run waits for its artifacts.
     """
 
     run: RunSpool
     sink: Sink
     breaker: Breaker
     node: str
+    artifact_wait_s: float = 0.0
 
     @property
     def card(self) -> Card:

@@ -67,8 +67,8 @@ class Ending:
         card, mark = self._to.card, self._count_missing()
         sessions = list(card.sessions.values())
         own = verdict(sessions, mark.last_record_ms)
-        told = (card.status, card.end_ms, card.end_reason)
-        if card.state is RunState.ENDED and told == (own.status, own.end_ms, own.reason):
+        told = (card.status, card.end_ms, card.end_reason, card.told_sessions)
+        if card.state is RunState.ENDED and told == (*own, len(sessions)):
             return
         words = rank_words(sessions, mark.last_record_ms)
         if not self._is_alone():
@@ -86,7 +86,8 @@ class Ending:
             self._to.set_tags(self._tags(end, info.tags))
             self._to.update(status=end.status, end_time_ms=end.end_ms)
         with self._to.run.lock:
-            card.status, card.end_ms, card.end_reason = own.status, own.end_ms, own.reason
+            card.status, card.end_ms, card.end_reason = own
+            card.told_sessions = len(sessions)
             card.state = next_state(card.state, RunEvent.STATUS_DELIVERED)
             self._to.run.save_card()
 

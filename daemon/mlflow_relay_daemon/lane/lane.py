@@ -10,6 +10,7 @@ one run deadlock on PostgreSQL (mlflow#24923).
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import threading
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 
 from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
 from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
@@ -50,6 +52,7 @@ class Lane:
 
     Args:
         on_news: called when the run has an id or a parent that others may wait for.
+        on_full: called when the disk is full; returns whether there is space now.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Lane:
         resolver: Resolver,
         letters: DeadLetters,
         lineage_params: LineageParams,
+        *,
         on_news: Callable[[], None],
+        on_full: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run = destination.run
         self.last_error: str | None = None
@@ -69,7 +74,7 @@ class Lane:
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
         self._rng = random.Random()
-        self._on_news = on_news
+        self._on_news, self._on_full = on_news, on_full
         self._to = destination
         translation = Translation(destination, resolver)
         self._creation = Creation(destination, resolver)
@@ -77,6 +82,7 @@ class Lane:
         self._output = TerminalOutput(destination.run)
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
+        self._artifacts = ArtifactWord(destination)
 
     def work(self) -> float | None:
         """Do one step, and return in how many seconds there is another; None: when told.
@@ -96,7 +102,8 @@ class Lane:
             self.is_blocked = True
             return self._trouble(error, BLOCKED_RETRY_S)
         except OSError as error:
-            return self._trouble(error, DISK_RETRY_S)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return self._trouble(error, 0.0 if is_full and self._on_full() else DISK_RETRY_S)
         self.last_error, self.is_blocked, self._failures = None, False, 0
         return delay_s
 
@@ -149,7 +156,11 @@ class Lane:
         terminal_s = self._output.publish(is_last=self._is_leaving or self._all_are_closed())
         if self._is_over():
             if card.state is RunState.OPEN:
+                wait_s = self._artifacts.wait_s()
+                if wait_s is not None and not self._ending.is_leaving:
+                    return wait_s
                 self._to.ask(self._creation.remove_doubles)
+            self._artifacts.tell()  # first: who sees the end sees what is to come
             self._ending.tell()
         waits = [self._late_doubles_s(), terminal_s]
         if self._links.is_waiting():

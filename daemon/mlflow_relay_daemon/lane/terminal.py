@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mlflow_relay.records import Artifact
 from mlflow_relay.staging import run_folder, stage_bytes
+from mlflow_relay_daemon.spool import staging
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.transcript import Transcript
 
 ARTIFACT = "terminal/rank_{rank}.txt"
-STAGING = "staging"  #: folder in the spool, as for the ranks' own artifacts
 #: From one upload to the next: each is of the whole text.
 INTERVAL_S_MIN, INTERVAL_S_MAX = 10.0, 600.0
 
@@ -58,4 +58,4 @@ class TerminalOutput:
         transcript.mark_published()
 
     def _staging(self) -> Path:
-        return self._run.folder.parent.parent / STAGING
+        return self._run.folder.parent.parent / staging.NAME

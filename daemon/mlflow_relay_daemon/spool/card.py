@@ -64,6 +64,7 @@ class Card:
     parent: Link | None = None  #: the run that is resumed
     fork: Link | None = None  #: the run whose weights this one started from
     is_introduced: bool = False  #: MLflow has the params that say that it is its own origin
+    has_artifacts_to_come: bool = False  #: MLflow has been told so
     held: list[list[Any]] = field(default_factory=list)  #: texts that wait for a translation
     state: RunState = RunState.NEW
     experiment_id: str | None = None
@@ -72,6 +73,7 @@ class Card:
     status: str = "RUNNING"  #: as MLflow was told last
     end_ms: int | None = None
     end_reason: str = ""
+    told_sessions: int = 0  #: how many sessions that end is of: other nodes may wait for a late one
     #: By hex digits. Grows while lanes look at it without the lock: they look at a list of it.
     sessions: dict[str, SessionCard] = field(default_factory=dict)
 

@@ -10,12 +10,13 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlflow_relay.records import Artifact
+from mlflow_relay.records import PLACE, Artifact
 from mlflow_relay_daemon.spool.disk import Disk
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,15 @@ NAME = "artifacts.jsonl"
 #: never be taken (it is a dead letter then).
 UPLOADED, REPLACED, REFUSED = "uploaded", "replaced", "refused"
 ENDS = (UPLOADED, REPLACED, REFUSED)
+#: A shorter file is left as it is.
+COMPACT_LINES_MIN = 200
+#: What status shows of a ledger.
+COUNTS = (
+    *("accepted", "settled_to", "waiting", "waiting_bytes"),
+    *("uploaded", "uploaded_bytes", "replaced", "refused"),
+)
+#: What status shows of uploads under way where there are none.
+NOT_UPLOADING: dict[str, Any] = {"sending": 0, "sent_bytes": 0, "last_error": None}
 
 
 class End(NamedTuple):
@@ -45,9 +55,12 @@ class Ledger:
         self._disk, self._path = disk, folder / NAME
         self._lock = threading.Lock()
         self._name_is_synced = False
+        self._lines = 0
         self.waiting: dict[int, Artifact] = {}  #: by number, oldest first
         self.counts = dict.fromkeys(ENDS, 0)
-        self.uploaded_bytes = 0
+        self.uploaded_bytes = self.waiting_bytes = 0
+        self.staged_bytes = 0  #: of those that wait, what is not the user's own file
+        self.refused: dict[str, Artifact] = {}  #: by id: their files are kept, with a dead letter
         self.next_number = 0
         self._latest: dict[str, int] = {}  # path → number, of those that wait
         self._ids: set[str] = set()
@@ -65,15 +78,16 @@ class Ledger:
             for number, artifact in numbered:
                 self._take_in(number, artifact)
 
-    def settle(self, ends: Iterable[End]) -> None:
-        """Artifacts are done with; that is on the disk when this returns. Raises: OSError."""
+    def settle(self, ends: Iterable[End]) -> list[tuple[str, Artifact]]:
+        """Artifacts are done with; that is on the disk when this returns.
+
+        Returns: how each ended, and the artifact. Raises: OSError.
+        """
         with self._lock:
             known = [end for end in ends if end.number in self.waiting]
-            if not known:
-                return
-            self._append([{"n": end.number, "end": end.how, "sha256": end.sha256} for end in known])
-            for end in known:
-                self._take_out(end.number, end.how)
+            if known:
+                self._append([_ended(end) for end in known])
+            return [(end.how, self._take_out(end.number, end.how)) for end in known]
 
     def is_replaced(self, number: int) -> bool:
         """Return whether a later artifact of the same name waits."""
@@ -81,25 +95,55 @@ class Ledger:
             artifact = self.waiting.get(number)
             return artifact is not None and self._latest[artifact.path] != number
 
-    def oldest_first(self) -> list[tuple[int, Artifact]]:
-        """Return what waits."""
+    def first(self, fits: Callable[[int, Artifact], bool]) -> tuple[int, Artifact] | None:
+        """Return the oldest that waits and fits."""
         with self._lock:
-            return list(self.waiting.items())
+            return next((item for item in self.waiting.items() if fits(*item)), None)
 
-    def waiting_bytes(self) -> int:
-        """Return the size of all that waits."""
+    def waiting_from(self, number: int, count: int) -> list[tuple[int, Artifact]]:
+        """Return so many that wait, from this number on."""
         with self._lock:
-            return sum(each.size for each in self.waiting.values())
+            return list(islice((each for each in self.waiting.items() if each[0] >= number), count))
 
-    def settled_to(self) -> int:
-        """Return the number before which all are done with."""
+    def wanted_ids(self) -> set[str]:
+        """Return the ids of those whose files are still needed."""
         with self._lock:
-            return next(iter(self.waiting), self.next_number)
+            return {each.id for each in self.waiting.values()} | set(self.refused)
 
-    def ids(self) -> set[str]:
-        """Return the ids of those that wait: their staged files are wanted."""
+    def try_again(self, ids: Iterable[str]) -> int:
+        """Let refused ones wait again, as the latest of their names; return how many. Raises:
+        OSError."""
         with self._lock:
-            return {each.id for each in self.waiting.values()}
+            chosen = [self.refused[each] for each in ids if each in self.refused]
+            numbered = list(enumerate(chosen, self.next_number))
+            if chosen:
+                self._append([_accepted(number, artifact) for number, artifact in numbered])
+            for number, artifact in numbered:
+                self._take_in(number, artifact)
+            return len(chosen)
+
+    def forget(self, ids: Iterable[str]) -> list[Artifact]:
+        """Forget refused ones; return them, for their files. Raises: OSError."""
+        with self._lock:
+            chosen = [each for each in ids if each in self.refused]
+            if chosen:
+                self._append([{"forgotten": each} for each in chosen])
+            return [self.refused.pop(each) for each in chosen]
+
+    def status(self) -> dict[str, Any]:
+        """Return what status shows, named by COUNTS."""
+        with self._lock:
+            counts = (
+                self.next_number,
+                next(iter(self.waiting), self.next_number),
+                len(self.waiting),
+                self.waiting_bytes,
+                self.counts[UPLOADED],
+                self.uploaded_bytes,
+                self.counts[REPLACED],
+                self.counts[REFUSED],
+            )
+        return dict(zip(COUNTS, counts, strict=True)) | NOT_UPLOADING
 
     # ── the file ──
 
@@ -107,15 +151,41 @@ class Ledger:
         self.waiting[number] = artifact
         self._latest[artifact.path] = number
         self._ids.add(artifact.id)
+        self.refused.pop(artifact.id, None)
         self.next_number = number + 1
+        self._count_bytes(artifact, 1)
 
-    def _take_out(self, number: int, how: str) -> None:
+    def _take_out(self, number: int, how: str) -> Artifact:
         artifact = self.waiting.pop(number)
         if self._latest.get(artifact.path) == number:
             del self._latest[artifact.path]
         self.counts[how] += 1
+        self._count_bytes(artifact, -1)
+        if how == REFUSED:
+            self.refused[artifact.id] = artifact
         if how == UPLOADED:
             self.uploaded_bytes += artifact.size
+        return artifact
+
+    def _count_bytes(self, artifact: Artifact, sign: int) -> None:
+        self.waiting_bytes += sign * artifact.size
+        if artifact.where != PLACE:
+            self.staged_bytes += sign * artifact.size
+
+    def compact(self) -> None:
+        """Put one line in the place of all, if all are done with: no segment is left from which a
+        record could come again. Raises: OSError."""
+        with self._lock:
+            if self.waiting or self.refused or self._lines < COMPACT_LINES_MIN:
+                return
+            line = {
+                "next": self.next_number,
+                "counts": self.counts,
+                "uploaded_bytes": self.uploaded_bytes,
+            }
+            self._disk.replace(self._path, json.dumps(line).encode() + b"\n", durable=True)
+            self._ids.clear()
+            self._lines = 1
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
         data = b"\n" + b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -129,6 +199,7 @@ class Ledger:
                 if not self._name_is_synced:
                     self._disk.sync_folder(self._path.parent)
                     self._name_is_synced = True
+                self._lines += len(lines)
             except OSError:
                 with suppress(OSError):
                     self._disk.truncate(fd, size)  # they will come again
@@ -140,6 +211,7 @@ class Ledger:
         except FileNotFoundError:
             return
         for line in filter(None, lines):
+            self._lines += 1
             try:
                 self._read_line(json.loads(line))
             except (ValueError, TypeError, KeyError, RecursionError):
@@ -148,11 +220,22 @@ class Ledger:
                 log.warning("%s: a line that cannot be read is passed over", self._path)
 
     def _read_line(self, line: dict[str, Any]) -> None:
+        if "forgotten" in line:
+            self.refused.pop(line["forgotten"], None)
+            return
+        if "counts" in line:
+            self.counts = {how: int(line["counts"][how]) for how in ENDS}
+            self.next_number, self.uploaded_bytes = int(line["next"]), int(line["uploaded_bytes"])
+            return
         number = int(line["n"])
         if "end" not in line:
             self._take_in(number, _artifact(line))
         elif number in self.waiting and line["end"] in ENDS:
             self._take_out(number, line["end"])
+
+
+def _ended(end: End) -> dict[str, Any]:
+    return {"n": end.number, "end": end.how, "sha256": end.sha256}
 
 
 def _accepted(number: int, artifact: Artifact) -> dict[str, Any]:

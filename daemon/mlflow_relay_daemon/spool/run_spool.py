@@ -135,6 +135,8 @@ class RunSpool:
         Crash: safe at any line: nothing in these segments is wanted any more.
         """
         with self.lock:
+            if not self._ends and self.card.is_over:
+                self.artifacts.compact()
             if not self._ends or not self.is_drained():
                 return
             newest = max(self._ends)

@@ -2,7 +2,9 @@
 
 <spool>/lock                   held while a daemon lives
 <spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
+<spool>/staging/               files that are to be artifacts
 <spool>/quarantine/            what could not be read; nothing in it is ever needed again
+<spool>/reserve                space for the cards of runs on a full disk
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
+from mlflow_relay_daemon.spool.reserve import Reserve
 from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.staging import QUOTA_PART, Staging
 
 log = logging.getLogger(__name__)
 
-RUNS, QUARANTINE, LOCK, NODE = "runs", "quarantine", "lock", "node"
+RUNS, QUARANTINE, LOCK, NODE, RESERVE = "runs", "quarantine", "lock", "node", "reserve"
 #: How often the free space is asked for; between two questions at most a few groups are written.
 FREE_SPACE_EVERY_S = 0.2
 
@@ -42,7 +46,7 @@ class Spool:
     Args:
         folder: made if it is not there, for this user alone.
         segment_bytes_max: size at which a run's segment is followed by another.
-        bytes_max: quota of all segments, None: none.
+        bytes_max: quota of all segments and staged files, None: none.
         free_bytes_min: free space that is left to others.
 
     Raises: SpoolTaken; OSError: the folder cannot be made or written.
@@ -70,9 +74,12 @@ class Spool:
         if lock is None:
             raise SpoolTaken(str(folder))
         self._lock = lock
-        self.node = self._node()
+        self.node = self._read_node()
+        self.staging = Staging(disk, folder)
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
+        self.reserve = Reserve(disk, folder / RESERVE)
+        self.reserve.restore(self.free_bytes())
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
         for path in sorted((folder / RUNS).iterdir()):
             if path.is_dir():  # else it is nothing of ours
@@ -89,6 +96,7 @@ class Spool:
             if why is not None:
                 raise RunLeftAlone(f"the daemon cannot read what it has of this run: {why}")
             self.check_space(0)
+            self._keep_node()
             folder = self.folder / RUNS / card.run_id
             self.disk.make_folder(folder)
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
@@ -97,14 +105,28 @@ class Spool:
 
     def check_space(self, size: int) -> None:
         """Raises: OSError (ENOSPC, EDQUOT): no room for so many bytes, by our own limits."""
-        if self.bytes_max is not None and self.segment_bytes() + size > self.bytes_max:
+        if self.bytes_max is not None and self._bytes() + size > self.bytes_max:
             raise OSError(errno.EDQUOT, f"the quota of {self.bytes_max} bytes is reached")
-        if self.free_bytes() - size < self.free_bytes_min:
+        if self.free_bytes() - size < self.free_bytes_min + self.reserve.missing_bytes:
             raise OSError(errno.ENOSPC, f"under {self.free_bytes_min} bytes are free")
 
     def segment_bytes(self) -> int:
         """Return what the segments of all runs take."""
         return sum(run.segment_bytes() for run in list(self.runs.values()))
+
+    def _bytes(self) -> int:
+        """What counts for the quota. Of staged files only those that are known from their records:
+        the others can only be uploaded, and make space, when their records are taken."""
+        staged = sum(run.artifacts.staged_bytes for run in list(self.runs.values()))
+        return self.segment_bytes() + staged
+
+    def publish_staging(self, socket: Path) -> None:
+        """Tell ranks where to stage files, and how much may come. Raises: OSError."""
+        left = None
+        if self.bytes_max is not None:
+            filled = self.segment_bytes() + self.staging.bytes()
+            left = max(0, int(self.bytes_max * QUOTA_PART) - filled)
+        self.staging.publish(socket, self.free_bytes_min, left)
 
     def free_bytes(self) -> int:
         """Return the free space of the spool's disk, a moment old at most."""
@@ -131,13 +153,18 @@ class Spool:
             run.close()
         os.close(self._lock)
 
-    def _node(self) -> str:
+    def _read_node(self) -> str:
         """Return this spool's name among the nodes of a run: two on one machine differ."""
+        try:
+            return (self.folder / NODE).read_text(errors="replace").strip()
+        except FileNotFoundError:
+            return f"{os.uname().nodename}.{os.urandom(4).hex()}"
+
+    def _keep_node(self) -> None:
+        """Have the name on the disk before it is told: not before, the disk may be full."""
         path = self.folder / NODE
         if not path.exists():
-            name = f"{os.uname().nodename}.{os.urandom(4).hex()}"
-            self.disk.replace(path, name.encode(), durable=True)
-        return path.read_text(errors="replace").strip()
+            self.disk.replace(path, self.node.encode(), durable=True)
 
     # ── what is found at the start ──
 
