@@ -3,7 +3,11 @@
 
 PYTHON ?= python3
 ARGS ?=
+QUICK ?=
+# torch's usual build comes with CUDA, gigabytes of it: name another one if you have it at hand.
+PEERS_TORCH ?= torch
 VENV := .venv
+PEERS := .venv-peers
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -29,20 +33,31 @@ lint: $(VENV)/.has-dev  ## ruff: rules and format
 types: $(VENV)/.has-dev  ## mypy, strict
 	@$(BIN)/mypy $(ARGS)
 
-bench: $(VENV)/.has-test  ## the benchmarks, beside their targets
-	@$(BIN)/python -m tests.benchmarks $(ARGS)
+bench: $(VENV)/.has-bench $(if $(QUICK),,$(PEERS)/.made)  ## the benchmarks, beside peers; QUICK=1: the ratios, in 3 minutes
+	@$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick,--report) \
+	  $(if $(wildcard $(PEERS)/.made)$(if $(QUICK),,whole),--peers $(PEERS)/bin/python) $(ARGS)
 
 torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time
 	@$(BIN)/python -m pytest -m torture $(ARGS)
 
 clean:  ## remove the environment, caches and what was built
-	@rm -rf $(VENV) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf $(VENV) $(PEERS) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find client daemon tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp for each extra: a second call is quick, a changed pyproject.toml installs again.
 $(VENV)/.has-%: pyproject.toml | $(VENV)/.made
 	@echo "Installing mlflow-relay[$*] into $(VENV); this takes a minute or two, once."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+# What this project is compared with, away from what it needs itself.
+$(PEERS)/.made: | $(VENV)/.made
+	@echo "Installing the peers of the benchmarks into $(PEERS); this takes some minutes, once."
+	@$(PYTHON) -m venv --clear $(PEERS)
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  pyzmq msgpack mlflow wandb neptune-scale trackio tensorboardX mlflow-export-import numpy
+	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check '$(PEERS_TORCH)' || \
+	  echo "without torch: its scalars are not measured"
 	@touch $@
 
 $(VENV)/.made:

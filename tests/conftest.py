@@ -12,20 +12,7 @@ from tests.support import MlflowServer, TcpProxy
 #: Written together with the code that they test, and not yet seen green from end to end since the
 #: last changes: they are run by `make unproven`, and move into `make test` file by file. An entry
 #: here is a debt, not a verdict.
-UNPROVEN = (
-    "e2e/test_main_job.py",
-    "e2e/test_kills.py",
-    "e2e/test_outages.py",
-    "e2e/test_lineage_command.py",
-    "e2e/test_bad_bytes.py",
-    "e2e/test_bad_data.py",
-    "e2e/test_disk.py",
-    "e2e/test_operators.py",
-    "e2e/test_lineage.py",
-    "e2e/test_mlflow_ui.py",
-    "e2e/test_nodes.py",
-    "crash/test_lineage_kills.py",
-)
+UNPROVEN = ("e2e/test_disk.py",)
 
 
 #: Tests run in pytest's own process, whose output is pytest's.

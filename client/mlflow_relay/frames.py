@@ -109,7 +109,7 @@ def check_other_version(data: bytes | bytearray) -> None:
         raise VersionError(f"frame of version {version}; this release reads up to {VERSION}")
 
 
-def read_frame(data: bytes) -> Header:
+def read_frame(data: bytes | memoryview) -> Header:
     """Return the header of a message that must be one whole frame and nothing else.
 
     Raises: FormatError, VersionError: as `check_frame`, or bytes follow the frame.

@@ -1,6 +1,6 @@
 """Who am I: rank, node, and the run key that all ranks of one training agree on without talking.
 
-Pure, but for two functions that `detect` is given to ask what only /proc knows.
+Pure, but for its pid and two functions that `detect` is given to ask what only /proc knows.
 
     what             taken from, first that answers
     rank and sizes   arguments, torchrun, srun, MPI, Lightning's own launcher; else 0 of 1
@@ -16,6 +16,7 @@ processes.launcher_process.
 
 from __future__ import annotations
 
+import os
 import re
 import uuid
 from collections.abc import Callable, Mapping
@@ -167,9 +168,13 @@ def _run_key(
     Raises: LaunchError: nothing does.
     """
     if here.world_size == 1:
-        # Also in a Slurm step of one task: it may be a notebook server, a shell or a sweep, and
-        # each training in it is one of its own. Lightning's later ranks find it as their parent.
-        return f"launcher/{random_key()}"
+        # Also below a Slurm step of one task: that may be a notebook server, a shell or a sweep,
+        # and each training in it is one of its own. If it is the task itself, and is requeued, its
+        # run goes on. Lightning's later ranks find the key as their parent.
+        is_task = text(env, "SLURM_TASK_PID") == str(os.getpid())
+        is_step = found.source is SLURM and found.size == 1 and slurm_step(env) is not None
+        key = _slurm_id(env) if is_task and is_step else None
+        return key or f"launcher/{random_key()}"
     if found.size is not None and found.size > here.world_size:
         raise LaunchError(
             f"world_size={here.world_size} was passed, but {named(env, found.source.size)}: "
@@ -204,14 +209,19 @@ def _launch_id(env: Mapping[str, str], found: Found) -> str | None:
     outer = None if is_own_launch else outer_launcher(env)
     if outer is not None and outer.size == 1:
         outer = None
-    if outer is not None and outer.source is SLURM:
-        cluster = text(env, "SLURM_CLUSTER_NAME") or "cluster"
-        job = text(env, "SLURM_JOB_ID") or text(env, "SLURM_JOBID")
-        if job is not None:  # of an array job, each element has a SLURM_JOB_ID of its own
-            return f"slurm/{cluster}/{job}/{slurm_step(env)}"
+    if outer is not None and outer.source is SLURM and (key := _slurm_id(env)) is not None:
+        return key
     if elastic is not None and re.search(_UUID, elastic):
         return f"torchrun/{elastic}"
     return None if outer is None else _mpi_launch_id(env)
+
+
+def _slurm_id(env: Mapping[str, str]) -> str | None:
+    """Return the id of a Slurm step; it stays the same when the job is requeued."""
+    cluster = text(env, "SLURM_CLUSTER_NAME") or "cluster"
+    job = text(env, "SLURM_JOB_ID") or text(env, "SLURM_JOBID")
+    # Of an array job, each element has a SLURM_JOB_ID of its own.
+    return None if job is None else f"slurm/{cluster}/{job}/{slurm_step(env)}"
 
 
 def _mpi_launch_id(env: Mapping[str, str]) -> str | None:

@@ -128,7 +128,7 @@ class Sender(threading.Thread):
         socket.sndhwm = 0  # WINDOW_BYTES is the limit
         socket.maxmsgsize = messages.MESSAGE_BYTES_MAX
         socket.reconnect_ivl = 20
-        socket.reconnect_ivl_max = 500
+        socket.reconnect_ivl_max = 150  # under the grace that the end of a session gives
         socket.connect(self._endpoint)
         return socket
 

@@ -20,6 +20,8 @@ log = logging.getLogger("mlflow_relay")
 #: How long `end` looks for a daemon that does not answer. The journal keeps the records, so there
 #: is nothing to wait for but a daemon that is just being restarted.
 NO_DAEMON_GRACE_S = 0.3
+#: The same where this session starts a daemon: that takes a second before it answers.
+STARTING_GRACE_S = 3.0
 
 
 class Session:
@@ -55,6 +57,7 @@ class Session:
         name = os.urandom(SESSION_BYTES)
         card = {**card, "session": name, "pid": os.getpid()}
         self.journal = Journal(folder, name, pack_map(card), bytes_max=journal_bytes_max)
+        self._grace_s = NO_DAEMON_GRACE_S if on_no_daemon is None else STARTING_GRACE_S
         self.sender = Sender(self.journal, socket, card, on_mlflow_run_id, on_no_daemon)
         self.sender.start()
 
@@ -74,7 +77,7 @@ class Session:
                 return True
             if self.sender.state is State.SENDING:
                 answered_s = now_s
-            elif now_s - answered_s > NO_DAEMON_GRACE_S or not self.sender.is_alive():
+            elif now_s - answered_s > self._grace_s or not self.sender.is_alive():
                 break
         return False
 

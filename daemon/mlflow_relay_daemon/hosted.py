@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mlflow_relay.frames import Header
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
@@ -19,8 +19,8 @@ from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
-from mlflow_relay_daemon.spool.card import Card
-from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.card import Card, SessionCard
+from mlflow_relay_daemon.spool.run_spool import Arrival, RunSpool
 from mlflow_relay_daemon.spool.spool import Spool
 from mlflow_relay_daemon.states import RunState
 
@@ -73,38 +73,38 @@ class Runs:
     def attach(self, attachment: Attachment) -> Hosted:
         """Return the run of a session that attaches; run and session are on the disk.
 
-        Raises: OSError: they are not.
+        Raises: OSError: they are not; RunLeftAlone.
         """
-        hosted = self.by_id.get(attachment.run_id)
+        return self.attach_all([attachment])
+
+    def attach_all(self, attachments: Sequence[Attachment]) -> Hosted:
+        """Attach sessions of one run, at least one: one card, one fsync for all of them.
+
+        The card has every session of the run in it: hundreds of ranks that come together, each
+        with a card of its own, would cost the square of their number.
+
+        Raises: OSError: none of them is on the disk; RunLeftAlone.
+        """
+        hosted = self.by_id.get(attachments[0].run_id)
         if hosted is None:
-            hosted = self._host(self.spool.open_run(attachment.new_card()))
-        run, name = hosted.run, attachment.session.hex()
+            hosted = self._host(self.spool.open_run(attachments[0].new_card()))
+        run = hosted.run
         with run.lock:
-            known = run.card.sessions.get(name)
-            if known is not None and known.closed:
-                # It was taken for dead, and lives (its journal was out of sight for a while).
-                known.closed = False
+            changes = [_enter(run.card, each) for each in attachments]
+            undoes = [undo for undo in changes if undo is not None]
+            if undoes:
                 try:
                     run.save_card()
                 except OSError:
-                    known.closed = True
+                    for undo in undoes:
+                        undo()
                     raise
-            elif known is None:
-                run.card.sessions[name] = attachment.session_card()
-                run.card.world_size = max(run.card.world_size, attachment.world_size)
-                # The run began when its first rank did, whichever reached us first.
-                if run.card.state is RunState.NEW:
-                    run.card.start_ms = min(run.card.start_ms, attachment.start_ms)
-                try:
-                    run.save_card()
-                except OSError:
-                    del run.card.sessions[name]
-                    raise
-        run.skip_to(attachment.session, attachment.first_seq)
+        for each in attachments:
+            run.skip_to(each.session, each.first_seq)
         self.notify(hosted)
         return hosted
 
-    def append(self, hosted: Hosted, frames: Sequence[tuple[Header, bytes]]) -> None:
+    def append(self, hosted: Hosted, frames: Sequence[Arrival]) -> None:
         """Append frames to a run; they are on the disk when this returns.
 
         Raises: OSError: not one of them counts.
@@ -127,19 +127,28 @@ class Runs:
                 self._take_again()
 
     def close_session(self, hosted: Hosted, session: bytes, lost: int) -> None:
-        """The session is over, all that it had is in the spool.
+        """The session is over: see `close_all`."""
+        self.close_all(hosted, {session: lost})
 
-        Args: lost: log calls that found its journal full. Raises: OSError: not written.
+    def close_all(self, hosted: Hosted, lost_by_session: Mapping[bytes, int]) -> None:
+        """Sessions are over, all that they had is in the spool: one card, one fsync for all.
+
+        Args: lost_by_session: log calls that found its journal full. Raises: OSError: not written.
         """
         run = hosted.run
         with run.lock:
-            card = run.card.sessions.get(session.hex())
-            if card is not None and not card.closed:
-                card.closed, card.lost = True, lost
+            closed: list[SessionCard] = []
+            for session, lost in lost_by_session.items():
+                card = run.card.sessions.get(session.hex())
+                if card is not None and not card.closed:
+                    card.closed, card.lost = True, lost
+                    closed.append(card)
+            if closed:
                 try:
                     run.save_card()
                 except OSError:
-                    card.closed = False
+                    for card in closed:
+                        card.closed = False
                     raise
         self.notify(hosted)
 
@@ -195,3 +204,21 @@ class Runs:
             )
         hosted = self.by_id[run.card.run_id] = Hosted(run, letters, lane)
         return hosted
+
+
+def _enter(card: Card, attachment: Attachment) -> Callable[[], object] | None:
+    """Have a session in the card, open; return how to take that back, None: it was there."""
+    name = attachment.session.hex()
+    known = card.sessions.get(name)
+    if known is not None and known.closed:
+        # It was taken for dead, and lives (its journal was out of sight for a while).
+        known.closed = False
+        return partial(setattr, known, "closed", True)
+    if known is not None:
+        return None
+    card.sessions[name] = attachment.session_card()
+    card.world_size = max(card.world_size, attachment.world_size)
+    # The run began when its first rank did, whichever reached us first.
+    if card.state is RunState.NEW:
+        card.start_ms = min(card.start_ms, attachment.start_ms)
+    return partial(card.sessions.pop, name)

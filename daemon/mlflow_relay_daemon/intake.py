@@ -1,6 +1,7 @@
 """Socket → spool → fsync → ack: the daemon's one loop.
 
     receive a group → sort by run → one append and one fdatasync per run → acks
+                    → sessions that come or go → one card per run → answers
 
 Records are not looked at here. While the disk syncs, the next group gathers in the socket, so
 groups grow with the load by themselves. Whatever fails, an ack is sent only for what is on the
@@ -14,25 +15,38 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 
 from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
-from mlflow_relay.frames import Header, read_frame
+from mlflow_relay.frames import read_frame
 from mlflow_relay.paths import private_dir
-from mlflow_relay_daemon.attachment import read_attachment, unpack_session
+from mlflow_relay_daemon.attachment import Attachment, read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.spool.run_spool import Arrival
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
 
 #: While the disk is full, no rank's frames are taken for so long: sending them again costs, too.
 FULL_PAUSE_S = 0.5
+
+#: Frames of one group by session, in order.
+Arrivals = dict[bytes, list[Arrival]]
+
+
+class Said(NamedTuple):
+    """A message of a session."""
+
+    peer: bytes  #: ZeroMQ routing id
+    payload: bytes
 
 
 @dataclass
@@ -129,43 +143,64 @@ class Intake:
 
     # ── in ──
 
-    def _receive_group(self) -> list[list[bytes]]:
-        """Return the messages that are there, up to a group's size."""
-        group: list[list[bytes]] = []
+    def _receive_group(self) -> list[list[zmq.Frame]]:
+        """Return the messages that are there, up to a group's size.
+
+        Not copied: what the socket has received is checked and written where it lies.
+        """
+        group: list[list[zmq.Frame]] = []
         size = 0
         while size < self._group_bytes_max:
             try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 break  # all is received
             group.append(parts)
             size += sum(map(len, parts))
         return group
 
-    def _serve(self, group: list[list[bytes]]) -> None:
-        arrivals: dict[bytes, list[tuple[Header, bytes]]] = {}
+    def _serve(self, group: list[list[zmq.Frame]]) -> None:
+        arrivals: Arrivals = {}
+        comers: list[Said] = []
+        goers: list[Said] = []
         for parts in group:
-            try:
-                peer, kind, payload = parts
+            with self._guarded():
+                routing_id, what, payload = parts
+                peer, kind = routing_id.bytes, what.bytes
                 if len(payload) > messages.MESSAGE_BYTES_MAX:
                     raise FormatError(f"a message of {len(payload)} bytes")
                 if kind == messages.DATA:
-                    self._sort(peer, payload, arrivals)
+                    self._sort(peer, payload.buffer, arrivals)
+                elif kind == messages.ATTACH:
+                    comers.append(Said(peer, payload.bytes))
+                elif kind == messages.DETACH:
+                    goers.append(Said(peer, payload.bytes))
                 else:
-                    # What came before in this group is on the disk before anything is answered.
-                    self._keep(arrivals)
-                    self._answer(peer, kind, payload)
-            except (FormatError, ValueError) as error:
-                self._counters.count("bad_messages", error)
-            except Exception as error:
-                # One peer's message, whatever it does to us, must not end the service of the rest.
-                log.exception("a message was not served")
-                self._counters.count("bad_messages", repr(error))
-        self._keep(arrivals)
+                    self._settle(arrivals, comers, goers)
+                    self._answer(peer, kind, payload.bytes)
+        self._settle(arrivals, comers, goers)
 
-    def _sort(
-        self, peer: bytes, payload: bytes, arrivals: dict[bytes, list[tuple[Header, bytes]]]
-    ) -> None:
+    def _settle(self, arrivals: Arrivals, comers: list[Said], goers: list[Said]) -> None:
+        """Put on the disk what the group has brought up to here, and answer. Frames come first: a
+        session that comes again is told what is here, one that goes has all of it here."""
+        self._keep(arrivals)
+        self._attach(comers)
+        self._detach(goers)
+        comers.clear()
+        goers.clear()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """One peer's message, whatever it does to us, must not end the service of the rest."""
+        try:
+            yield
+        except (FormatError, ValueError) as error:
+            self._counters.count("bad_messages", error)
+        except Exception as error:
+            log.exception("a message was not served")
+            self._counters.count("bad_messages", repr(error))
+
+    def _sort(self, peer: bytes, payload: memoryview, arrivals: Arrivals) -> None:
         """Put a frame with those of its session, if it is the one that comes next."""
         header = read_frame(payload)
         session = self.sessions.get(header.session)
@@ -187,11 +222,11 @@ class Intake:
 
     # ── keep ──
 
-    def _keep(self, arrivals: dict[bytes, list[tuple[Header, bytes]]]) -> None:
+    def _keep(self, arrivals: Arrivals) -> None:
         """Append and fsync, run by run; then ack."""
         if not arrivals:
             return
-        by_run: dict[str, list[tuple[Header, bytes]]] = {}
+        by_run: dict[str, list[Arrival]] = {}
         for session, frames in arrivals.items():
             by_run.setdefault(self.sessions[session].hosted.run.card.run_id, []).extend(frames)
         for run_id, frames in by_run.items():
@@ -200,7 +235,7 @@ class Intake:
                     self._ack(session)
         arrivals.clear()
 
-    def _append(self, hosted: Hosted, frames: list[tuple[Header, bytes]]) -> bool:
+    def _append(self, hosted: Hosted, frames: list[Arrival]) -> bool:
         """Return whether the frames are on the disk."""
         if self._runs.is_full and time.monotonic() < self._full_until_s:
             return False
@@ -222,11 +257,7 @@ class Intake:
     # ── answer ──
 
     def _answer(self, peer: bytes, kind: bytes, payload: bytes) -> None:
-        if kind == messages.ATTACH:
-            self._attach(peer, payload)
-        elif kind == messages.DETACH:
-            self._detach(peer, *messages.unpack_detach(payload))
-        elif kind == messages.ALIVE:
+        if kind == messages.ALIVE:
             name = messages.unpack_session(payload)
             session = self.sessions.get(name)
             if session is None or session.peer != peer:
@@ -240,17 +271,35 @@ class Intake:
         else:
             raise FormatError(f"message of unknown kind {kind[:8]!r}")
 
-    def _attach(self, peer: bytes, payload: bytes) -> None:
+    def _attach(self, comers: list[Said]) -> None:
+        """Let sessions in; those of one run share one card, and its fsync."""
+        by_run: dict[str, list[tuple[Said, Attachment]]] = {}
+        for said in comers:
+            with self._guarded():
+                try:
+                    attachment = read_attachment(said.payload)
+                except FormatError as error:
+                    self._refuse(said, error)
+                    raise
+                by_run.setdefault(attachment.run_id, []).append((said, attachment))
+        for group in by_run.values():
+            with self._guarded():
+                self._attach_to_run(group)
+
+    def _attach_to_run(self, group: list[tuple[Said, Attachment]]) -> None:
         try:
-            attachment = read_attachment(payload)
-            hosted = self._runs.attach(attachment)
-        except (FormatError, RunLeftAlone) as error:
-            self._refuse(peer, payload, error)
+            hosted = self._runs.attach_all([attachment for _, attachment in group])
+        except RunLeftAlone as error:
+            for said, _ in group:
+                self._refuse(said, error)
             raise
         except OSError as error:
             self._counters.count("fsync_failures", f"no session attached: {error.strerror}")
-            return  # it asks again
-        name = attachment.session
+            return  # they ask again
+        for said, attachment in group:
+            self._let_in(said.peer, attachment.session, hosted)
+
+    def _let_in(self, peer: bytes, name: bytes, hosted: Hosted) -> None:
         self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
         mlflow_run_id = hosted.run.card.mlflow_run_id
         if mlflow_run_id is None:
@@ -262,30 +311,41 @@ class Intake:
         }
         self._send(peer, messages.ATTACHED, messages.pack_map(fields))
 
-    def _refuse(self, peer: bytes, payload: bytes, error: Exception) -> None:
+    def _refuse(self, said: Said, error: Exception) -> None:
         """Tell a session why it is not taken, if it can be made out who asks."""
         try:
-            session = unpack_session(payload)
+            session = unpack_session(said.payload)
         except FormatError:
             return
         fields = {"session": session, "error": str(error)}
-        self._send(peer, messages.REFUSED, messages.pack_map(fields))
+        self._send(said.peer, messages.REFUSED, messages.pack_map(fields))
 
-    def _detach(self, peer: bytes, name: bytes, lost: int) -> None:
-        session = self.sessions.get(name)
-        if session is None and self._is_closed(name):
-            self._send(peer, messages.DETACHED, name)  # the answer was lost
-            return
-        if session is None or session.peer != peer:
-            self._send(peer, messages.UNKNOWN, name)
-            return
+    def _detach(self, goers: list[Said]) -> None:
+        """Let sessions go; those of one run share one card, and its fsync."""
+        by_run: dict[str, dict[bytes, int]] = {}
+        for peer, payload in goers:
+            with self._guarded():
+                name, lost = messages.unpack_detach(payload)
+                session = self.sessions.get(name)
+                if session is None and self._is_closed(name):
+                    self._send(peer, messages.DETACHED, name)  # the answer was lost
+                elif session is None or session.peer != peer:
+                    self._send(peer, messages.UNKNOWN, name)
+                else:
+                    by_run.setdefault(session.hosted.run.card.run_id, {})[name] = lost
+        for run_id, lost_by_session in by_run.items():
+            with self._guarded():
+                self._detach_from_run(self._runs.by_id[run_id], lost_by_session)
+
+    def _detach_from_run(self, hosted: Hosted, lost_by_session: dict[bytes, int]) -> None:
         try:
-            self._runs.close_session(session.hosted, name, lost)
+            self._runs.close_all(hosted, lost_by_session)
         except OSError as error:
             self._counters.count("fsync_failures", f"no session closed: {error.strerror}")
-            return  # it asks again
-        self.forget(name)
-        self._send(peer, messages.DETACHED, name)
+            return  # they ask again
+        for name in lost_by_session:
+            self._send(self.sessions[name].peer, messages.DETACHED, name)
+            self.forget(name)
 
     def _is_closed(self, session: bytes) -> bool:
         hosted = self._runs.find_session(session)

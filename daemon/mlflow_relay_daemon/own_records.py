@@ -39,11 +39,9 @@ class OwnRecords:
             count, end = cut_entries(body, at, len(body), FRAME_BYTES_TARGET)
             frames.append(pack_frame(self._session, seq, count, body[at:end]))
             at, seq = end, seq + count
-        self._runs.spool.check_space(sum(map(len, frames)))
         try:
-            hosted.run.append([(read_frame(frame), frame) for frame in frames])
+            self._runs.append(hosted, [(read_frame(frame), frame) for frame in frames])
         except OSError:
             # Nobody can tell what of it is on the disk: its numbers are not used again.
             self._session = os.urandom(SESSION_BYTES)
             raise
-        self._runs.notify(hosted)

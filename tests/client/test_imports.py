@@ -36,7 +36,8 @@ FLOORS = [
 LOWER = {"sinks.redact": 6}
 #: What a pure room may import from the standard library: nothing that reads, writes or waits.
 PURE = {
-    *("__future__", "base64", "collections", "dataclasses", "email", "enum", "functools"),
+    *("__future__", "base64", "codecs", "collections", "dataclasses", "datetime", "email", "enum"),
+    "functools",
     *("itertools", "json", "math", "operator", "random", "re", "string", "struct", "types"),
     *("typing", "urllib.parse", "uuid", "zlib"),
 }

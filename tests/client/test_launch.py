@@ -266,6 +266,18 @@ def test_run_key_of_the_argument_then_of_the_variable_come_first():
     assert launch(named, run_key="from argument").run_key == "from argument"
 
 
+def test_the_only_task_of_a_slurm_step_goes_on_when_its_job_is_requeued():
+    task = SRUN_1_TASK | {"SLURM_TASK_PID": str(os.getpid())}
+    assert launch(task).run_key == launch(task | {"SLURM_RESTART_COUNT": "1"}).run_key
+    assert launch(task).run_key == "slurm/ac/4242/0"
+    # What runs in a batch script, a shell, or as one of several tasks by itself, may run again.
+    assert launch(BATCH_SCRIPT | {"SLURM_TASK_PID": str(os.getpid())}).run_key == "launcher/SELF"
+    assert launch(INTERACTIVE | {"SLURM_TASK_PID": str(os.getpid())}).run_key == "launcher/SELF"
+    assert launch(SRUN_1_TASK | {"SLURM_TASK_PID": "1"}).run_key == "launcher/SELF"
+    many = SRUN | {"SLURM_TASK_PID": str(os.getpid())}
+    assert launch(many, world_size=1).run_key == "launcher/SELF"
+
+
 def test_a_process_that_says_it_is_alone_has_a_key_of_its_own():
     here = launch(SRUN, world_size=1)
     assert (here.rank, here.world_size, here.run_key) == (0, 1, "launcher/SELF")

@@ -205,7 +205,7 @@ def test_what_comes_together_shares_one_fsync_for_each_run(daemon):
         rank.hear_ack(bytes([index]) * 16)
     daemon.disk.asked.clear()
     group = [
-        [rank.socket.routing_id or peer_of(daemon, index), DATA, frame]
+        [zmq.Frame(part) for part in (peer_of(daemon, index), DATA, frame)]
         for index, rank in enumerate(ranks)
         for frame in frames_of(bytes([index]) * 16)
     ]
@@ -225,6 +225,65 @@ def peer_of(daemon: Daemon, index: int) -> bytes:
 
 def frames_of(session: bytes) -> list[bytes]:
     return [frame_of_metrics(first, 5, session)[1] for first in range(5, 25, 5)]
+
+
+def serve_together(daemon: Daemon, count: int) -> None:
+    """Serve so many messages as one group, however they come."""
+    group: list[list[zmq.Frame]] = []
+    while len(group) < count:
+        group += daemon.intake._receive_group()
+    daemon.intake._serve(group)
+
+
+def test_sessions_that_come_and_go_together_share_one_card_for_each_run(daemon):
+    ranks = {bytes([index]) * 16: Peer(daemon) for index in range(20)}
+    for index, (session, rank) in enumerate(ranks.items()):
+        run_id = RUN_ID if index % 2 else OTHER_RUN
+        rank.say(ATTACH, attach_payload(session, run_id=run_id, rank=index))
+    serve_together(daemon, 20)
+
+    for session, rank in ranks.items():
+        assert unpack_map(rank.hear(ATTACHED))["session"] == session
+    assert daemon.disk.count("rename", "card") == 2
+    on_disk = {**daemon.on_disk().sessions, **daemon.on_disk(OTHER_RUN).sessions}
+    assert on_disk.keys() == {session.hex() for session in ranks}
+
+    for session, rank in ranks.items():
+        rank.say(DETACH, pack_detach(session, 3))
+    serve_together(daemon, 20)
+
+    for session, rank in ranks.items():
+        assert rank.hear(DETACHED) == session
+    assert daemon.disk.count("rename", "card") == 4
+    closed = [*daemon.on_disk().sessions.values(), *daemon.on_disk(OTHER_RUN).sessions.values()]
+    assert [(each.closed, each.lost) for each in closed] == [(True, 3)] * 20
+    assert not daemon.intake.sessions
+
+
+def test_sessions_that_come_together_to_a_full_disk_are_none_of_them_attached(daemon):
+    ranks = [Peer(daemon) for _ in range(5)]
+    for index, rank in enumerate(ranks):
+        rank.say(ATTACH, attach_payload(bytes([index]) * 16, rank=index))
+    daemon.disk.fail("sync", "card", errno.ENOSPC)
+    serve_together(daemon, 5)
+
+    assert all(rank.hears_nothing() for rank in ranks)
+    assert not daemon.intake.sessions
+    assert not daemon.hosted().run.card.sessions
+
+    for index, rank in enumerate(ranks):
+        assert rank.attach(bytes([index]) * 16, rank=index)["next_seq"] == 0
+
+
+def test_one_who_cannot_attach_keeps_no_other_out(daemon):
+    good, bad = Peer(daemon), Peer(daemon)
+    bad.say(ATTACH, attach_payload(OTHER, rank=-1))
+    good.say(ATTACH, attach_payload())
+    serve_together(daemon, 2)
+
+    assert unpack_map(good.hear(ATTACHED))["session"] == SESSION
+    assert unpack_map(bad.hear(REFUSED))["session"] == OTHER
+    assert daemon.counters.bad_messages == 1
 
 
 def test_a_rank_that_attaches_again_is_told_what_is_here(daemon, peer):

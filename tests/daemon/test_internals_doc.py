@@ -122,7 +122,7 @@ def test_the_head_of_a_segment_is_as_the_table_says(tmp_path):
     assert f"`[{', '.join(Head._fields)}]`" in text
     writer = segment.Writer(Disk(), tmp_path, 1, Head(7, {SESSION: (5, [])}, b"card"))
     frame = pack_frame(SESSION, 5, 1, pack_entry(b"record"))
-    writer.append(frame)
+    writer.append([frame])
     writer.close()
     data = segment.path_of(tmp_path, 1).read_bytes()
     places = {cells[2]: cells[0] for cells in rows(text) if len(cells) == 4}

@@ -35,7 +35,7 @@ def opened(path: Path) -> Iterator[int]:
 
 def write_segment(folder: Path, frames: list[bytes] | None = None) -> Path:
     writer = Writer(Disk(), folder, 1, HEAD)
-    writer.append(b"".join(FRAMES if frames is None else frames))
+    writer.append(FRAMES if frames is None else frames)
     writer.close()
     return segment.path_of(folder, 1)
 
@@ -238,7 +238,7 @@ def test_a_new_segment_is_on_the_disk_with_its_name_before_it_is_used(tmp_path):
     assert [operation for operation, *_ in disk.asked] == ["create", "write", "sync", "sync_folder"]
     disk.asked.clear()
 
-    writer.append(FRAMES[0])
+    writer.append([FRAMES[0]])
     writer.close()
 
     assert [operation for operation, *_ in disk.asked] == ["write", "sync"]
@@ -273,13 +273,13 @@ def test_what_could_not_be_appended_does_not_count_and_the_file_is_given_up(
 ):
     disk = FailingDisk()
     writer = Writer(disk, tmp_path, 1, HEAD)
-    writer.append(FRAMES[0])
+    writer.append([FRAMES[0]])
     good = writer.synced
     disk.fail(operation, error=error, written=written)
     if cut_fails:
         disk.fail("truncate", error=errno.EROFS)
     with pytest.raises(OSError, match=os.strerror(error)):
-        writer.append(FRAMES[1])
+        writer.append([FRAMES[1]])
     writer.close()
 
     assert writer.broken
@@ -295,7 +295,7 @@ def test_a_short_write_is_a_full_disk(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (writer.synced + 10, before[1]))
     try:
         with pytest.raises(OSError, match="short write"):
-            writer.append(FRAMES[0])
+            writer.append([FRAMES[0]])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     writer.close()

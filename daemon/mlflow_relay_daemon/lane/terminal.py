@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
-from pathlib import Path
 
-from mlflow_relay.records import Artifact
-from mlflow_relay.staging import run_folder, stage_bytes
+from mlflow_relay.fingerprint import sample_digest
+from mlflow_relay.records import COPY, Artifact
 from mlflow_relay_daemon.spool import staging
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.transcript import Transcript
@@ -49,13 +49,22 @@ class TerminalOutput:
 
     def _publish(self, transcript: Transcript) -> None:
         """Crash: at any line, it is published again."""
-        name = uuid.uuid4().hex
-        folder = run_folder(self._staging(), self._run.card.run_id)
-        staged = stage_bytes(transcript.text(), folder / name)
-        path = ARTIFACT.format(rank=transcript.rank)
-        now_ms = time.time_ns() // 1_000_000
-        self._run.artifacts.accept([Artifact(now_ms, path, name, *staged)])
+        disk, run_id = self._run.terminal.disk, self._run.card.run_id
+        folder = self._run.folder.parent.parent / staging.NAME / run_id
+        for each in (folder.parent, folder):
+            if not each.is_dir():
+                disk.make_folder(each)
+        name, path = uuid.uuid4().hex, ARTIFACT.format(rank=transcript.rank)
+        fd = disk.create(folder / name)
+        try:
+            disk.write(fd, transcript.text())
+            disk.sync(fd)
+            found = os.fstat(fd)
+            digest = sample_digest(fd, found.st_size)
+        finally:
+            os.close(fd)
+        now_ms, file = time.time_ns() // 1_000_000, os.fsencode(folder / name)
+        self._run.artifacts.accept(
+            [Artifact(now_ms, path, name, COPY, file, found.st_size, found.st_mtime_ns, digest)]
+        )
         transcript.mark_published()
-
-    def _staging(self) -> Path:
-        return self._run.folder.parent.parent / staging.NAME

@@ -20,7 +20,7 @@ class Disk:
         """Return a descriptor of an existing file, for appending."""
         return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CLOEXEC)
 
-    def write(self, fd: int, data: bytes) -> None:
+    def write(self, fd: int, data: bytes | memoryview) -> None:
         """Write all of it. A short write is ENOSPC here: the next one would say so."""
         if os.write(fd, data) != len(data):
             raise OSError(errno.ENOSPC, "short write")

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 #: A segment that is delivered is given up for a new one beyond this size, to return its space.
 RETURN_BYTES_MIN = 1 << 20
 
+#: A frame as it came, and what its header says.
+Arrival = tuple[Header, bytes | memoryview]
+
 
 class Place(NamedTuple):
     """Where in a run's segments; compares in reading order."""
@@ -66,7 +69,7 @@ class RunSpool:
 
     # ── intake ──
 
-    def append(self, arrivals: Sequence[tuple[Header, bytes]]) -> None:
+    def append(self, arrivals: Sequence[Arrival]) -> None:
         """Append frames; they are on the disk when this returns.
 
         Raises: OSError: no frame of these counts; the next call begins a new file.
@@ -79,9 +82,8 @@ class RunSpool:
             writer = None
         if writer is None:
             writer = self._begin_segment()
-        data = b"".join([frame for _, frame in arrivals])
         try:
-            writer.append(data)
+            writer.append([frame for _, frame in arrivals])
         except OSError:
             if (
                 writer.synced == writer.start

@@ -152,7 +152,7 @@ class Transcripts:
     """Those of one run. Used by the run's lane alone."""
 
     def __init__(self, disk: Disk, run_folder: Path) -> None:
-        self._disk, self._run_folder = disk, run_folder
+        self.disk, self._run_folder = disk, run_folder
         self.by_rank: dict[int, Transcript] = {}
         for path in (run_folder / FOLDER).glob("rank_*.json"):
             found = _STATE_FILE.fullmatch(path.name)
@@ -169,7 +169,7 @@ class Transcripts:
 
     def _of(self, rank: int) -> Transcript:
         if rank not in self.by_rank:
-            self.by_rank[rank] = Transcript(self._disk, self._run_folder, rank)
+            self.by_rank[rank] = Transcript(self.disk, self._run_folder, rank)
         return self.by_rank[rank]
 
 
