@@ -129,6 +129,7 @@ class Lane:
     def leave(self) -> None:
         """The daemon stops: tell what can be told now, and wait for no other node."""
         self._ending.is_leaving = self._is_leaving = True
+        self.is_parked = False  # what it waited for is done now
 
     def _trouble(self, error: SinkError | OSError, wait_s: float) -> float:
         text = str(error)
