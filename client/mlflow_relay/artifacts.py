@@ -229,8 +229,12 @@ class ArtifactCalls:
         room = find_room(self._socket, os.environ)
         file = run_folder(room.root, self.run_id) / name
         room.check(size)
-        if not self._keep(pack_artifact(Artifact(_now_ms(), target, name, *stage(file)))):
-            file.unlink(missing_ok=True)
+        staged, is_kept = stage(file), False
+        try:
+            is_kept = self._keep(pack_artifact(Artifact(_now_ms(), target, name, *staged)))
+        finally:
+            if not is_kept:
+                file.unlink(missing_ok=True)
 
     def _keep_in_place(self, path: str, target: str) -> None:
         name, staged = os.urandom(16).hex(), leave_in_place(path)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from zlib import crc32
 
 from .errors import FormatError, VersionError
-from .frames import FRAME_BYTES_TARGET, iter_entries, pack_entry, pack_frame
+from .frames import ENTRY_BYTES, FRAME_BYTES_TARGET, iter_entries, pack_entry, pack_frame
 
 BASE_SUFFIX, ENTRIES_SUFFIX = ".journal", ".entries"
 NEW_SUFFIX = ".new"  # of a base file that is being made
@@ -37,6 +37,12 @@ _TAIL_AT = 32
 ENTRIES_AT = 64
 
 
+#: More a session cannot have had: a call takes a microsecond, and these take twelve days.
+COUNTER_MAX = 1 << 40
+#: More no journal holds: a record takes some thirty bytes, and these take 8 GB.
+UNACKED_MAX = 1 << 28
+
+
 class Base(NamedTuple):
     """What the base file says."""
 
@@ -52,7 +58,10 @@ def pack_base_head(card: bytes) -> bytes:
 
 
 def read_base(data: bytes) -> Base:
-    """Return what a base file says. Raises: FormatError, VersionError."""
+    """Return what a base file says. Raises: FormatError, VersionError.
+
+    Damaged counters are zero: what the entries files hold counts then.
+    """
     if len(data) < CARD_AT:
         raise FormatError(f"journal of {len(data)} bytes")
     magic, version, length, crc = _BASE_HEAD.unpack_from(data)
@@ -60,12 +69,21 @@ def read_base(data: bytes) -> Base:
     card = data[CARD_AT : CARD_AT + length]
     if len(card) != length or crc32(card) != crc:
         raise FormatError("the card of the journal is damaged")
-    return Base(card, *read_counters(data))
+    try:
+        return Base(card, *read_counters(data))
+    except FormatError:
+        return Base(card, 0, 0, 0)
 
 
 def read_counters(data: bytes) -> tuple[int, int, int]:
-    """Return (next sequence number, acknowledged, lost) from the first 64 bytes of a base file."""
+    """Return (next sequence number, acknowledged, lost) from the first 64 bytes of a base file.
+
+    Raises: FormatError: they are damaged.
+    """
     next_seq, acked, lost = _COUNTERS.unpack_from(data, _COUNTERS_AT)
+    # An ack may overtake the counter by one: it is moved after the tail.
+    if not -1 <= next_seq - acked <= UNACKED_MAX or max(next_seq, lost) > COUNTER_MAX:
+        raise FormatError("the counters of the journal are damaged")
     return next_seq, acked, lost
 
 
@@ -95,6 +113,18 @@ def first_seq_of(data: bytes) -> int | None:
         return _read_entries_head(data)[1]
     except FormatError:
         return None
+
+
+def holds_nothing(data: bytes) -> bool:
+    """Return whether no record was ever put into an entries file.
+
+    Args: data: at least its first ENTRIES_AT + ENTRY_BYTES bytes, less if the file has less.
+    """
+    if not any(data):
+        return True
+    if first_seq_of(data) is None or any(data[ENTRIES_AT : ENTRIES_AT + ENTRY_BYTES]):
+        return False
+    return _TAIL.unpack_from(data, _TAIL_AT)[0] in (0, ENTRIES_AT)
 
 
 class Salvage(NamedTuple):

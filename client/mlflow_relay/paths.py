@@ -38,7 +38,7 @@ def journal_dir(socket: Path) -> Path:
 
 def staging_notice(socket: Path) -> Path:
     """Return the file in which the daemon of this socket says where files are to be staged."""
-    return socket.parent / "staging"
+    return socket.parent / "staging.json"
 
 
 def private_dir(path: Path) -> Path:

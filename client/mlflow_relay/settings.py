@@ -12,8 +12,8 @@ JOURNAL_BYTES_MAX = 256 << 20
 TERMINAL_MODES = ("rank0", "all", "none")
 #: The longest that `end` may take.
 END_TIMEOUT_S = 5.0
-#: Smaller files are staged as copies rather than as hard links: 32 MiB take some 20 ms, and a copy
-#: cannot change.
+#: Smaller files are staged as copies rather than as hard links: a copy of 32 MiB takes some tens of
+#: milliseconds, and cannot change.
 LINK_BYTES_MIN = 32 << 20
 
 

@@ -27,6 +27,10 @@ from .records import COPY, LINK, PLACE
 #: Errors of a disk that has no room, or is not to be written: then the file stays where it is.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
+#: Of a file that says that it is empty, such as /proc/cpuinfo.
+UNSIZED_BYTES_MAX = 16 << 20
+COPY_BYTES = 1 << 20
+
 _FICLONE = 0x40049409  # linux/fs.h
 
 
@@ -129,9 +133,7 @@ def stage_bytes(data: bytes, target: Path) -> Staged:
     """Keep content that is no file. Raises: OSError."""
     out = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(out, left) :]
+        _write_all(out, data)
         return _described(COPY, target, out)
     except OSError:
         target.unlink(missing_ok=True)
@@ -181,10 +183,18 @@ def _link(source: str, found: os.stat_result, target: Path) -> bool:
 
 
 def _copy(out: int, fd: int, size: int) -> None:
-    """Copy up to `size` bytes in the kernel; less if the file shrinks meanwhile."""
-    at = 0
-    while at < size:
-        copied = os.sendfile(out, fd, at, min(size - at, 1 << 30))
-        if not copied:
-            break
-        at += copied
+    """Copy `size` bytes; less if the file shrinks meanwhile.
+
+    By hand: sendfile and copy_file_range are quicker where they work, and not every file system
+    lets them.
+    """
+    left = size or UNSIZED_BYTES_MAX
+    while left and (data := os.read(fd, min(left, COPY_BYTES))):
+        _write_all(out, data)
+        left -= len(data)
+
+
+def _write_all(out: int, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[os.write(out, left) :]

@@ -8,7 +8,7 @@ from mlflow_relay_daemon.exits import BAD_CONFIG, INTERRUPTED
 
 # What `pip install 'mlflow-relay[daemon]'` adds to the client; see pyproject.toml.
 EXTRA_MODULES = frozenset(
-    {"click", "rich", "mlflow", "tenacity", "urllib3", "orjson", "psutil", "tomli"}
+    {"click", "rich", "mlflow", "tenacity", "urllib3", "orjson", "psutil", "tomli", "yaml"}
 )
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from mlflow_relay import journal_files
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay.frames import read_frame
-from mlflow_relay.journal_files import BASE_SUFFIX, ENTRIES_SUFFIX
+from mlflow_relay.journal_files import BASE_SUFFIX, NEW_SUFFIX
+from mlflow_relay_daemon import journal_folder
 from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Hosted, Runs
@@ -33,7 +34,7 @@ LOOK_BUDGET_S = 0.2
 GROUP_BYTES = 256 << 10
 #: A session whose journal is not to be seen lives as long as it is heard of; ALIVE comes every 5 s.
 UNSEEN_TIMEOUT_S = 30.0
-#: What a rank killed in the making of its journal leaves is removed after this time.
+#: What has no base file is somebody's who makes his journal; after this time, nobody's.
 UNFINISHED_AGE_S = 60.0
 
 
@@ -68,29 +69,36 @@ class Watcher:
         Returns: sessions that are over: there will be nothing more of them.
         """
         try:
-            paths = self._find()
+            found = journal_folder.read(self._folder)
         except OSError as error:
             self._trouble(self._folder, error)
             return []
+        for path in found.nameless:
+            self._runs.spool.quarantine(path, "it has the name of no session")
         over: list[bytes] = []
         self.is_behind = True
-        for session, path in paths.items():
+        for session in [*found.bases, *found.orphans]:
             if time.monotonic() - now_s > LOOK_BUDGET_S:
                 return over
             try:
-                if self._is_dead(session, path) and self._adopt(session, path, now_s):
+                if session in found.bases or session in self._watched:
+                    is_dead = self._is_dead(session)
+                else:  # no lock to ask
+                    is_dead = session not in heard_s and _are_old(found.orphans[session])
+                if is_dead and self._adopt(session, now_s):
                     over.append(session)
             except (FormatError, RunLeftAlone, OSError) as error:
-                self._trouble(path, error)
+                self._trouble(self._path(session), error)
         self.is_behind = False
-        for session in set(self._watched) - set(paths):
+        present = found.bases.keys() | found.orphans.keys()
+        for session in set(self._watched) - present:
             os.close(self._watched.pop(session).fd)
         if not self._vanished_are_closed:
-            self._close_vanished(paths.keys() | heard_s.keys())
+            self._close_vanished(present | heard_s.keys())
         unseen = [
             session
             for session, then_s in heard_s.items()
-            if session not in paths and now_s - then_s > UNSEEN_TIMEOUT_S
+            if session not in found.bases and now_s - then_s > UNSEEN_TIMEOUT_S
         ]
         return over + [session for session in unseen if self._close_unseen(session)]
 
@@ -141,37 +149,26 @@ class Watcher:
 
     # ── looking ──
 
-    def _find(self) -> dict[bytes, Path]:
-        """Return the journals in the folder by session."""
-        found = {}
-        try:
-            names = os.listdir(self._folder)
-        except FileNotFoundError:
-            return {}
-        bases = {name.partition(".")[0] for name in names if name.endswith(BASE_SUFFIX)}
-        for name in names:
-            path = self._folder / name
-            if name.endswith(BASE_SUFFIX):
-                try:
-                    found[bytes.fromhex(path.stem)] = path
-                except ValueError:
-                    self._runs.spool.quarantine(path, "it has the name of no session")
-            elif name.partition(".")[0] not in bases:
-                _remove_unfinished(path)
-        return found
+    def _path(self, session: bytes) -> Path:
+        return self._folder / (session.hex() + BASE_SUFFIX)
 
-    def _is_dead(self, session: bytes, path: Path) -> bool:
+    def _is_dead(self, session: bytes) -> bool:
         watched = self._watched.get(session)
         if watched is None:
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                fd = os.open(self._path(session), os.O_RDWR | os.O_CLOEXEC)
             except FileNotFoundError:
                 return False  # removed by its rank just now
             watched = self._watched[session] = Watched(fd)
-        counters = os.pread(watched.fd, journal_files.CARD_AT, 0)
-        if len(counters) == journal_files.CARD_AT:
-            watched.next_seq, _, watched.lost = journal_files.read_counters(counters)
-        return try_lock(watched.fd)
+        is_dead = try_lock(watched.fd)
+        head = os.pread(watched.fd, journal_files.CARD_AT, 0)
+        if len(head) == journal_files.CARD_AT:
+            try:
+                watched.next_seq, _, watched.lost = journal_files.read_counters(head)
+            except FormatError as error:  # what they said before stands, and what the files hold
+                if is_dead:
+                    log.error("session %s: %s: its records count", session.hex(), error)
+        return is_dead
 
     def _close_unseen(self, session: bytes) -> bool:
         hosted = self._runs.find_session(session)
@@ -186,34 +183,48 @@ class Watcher:
 
     # ── taking over ──
 
-    def _adopt(self, session: bytes, path: Path, since_s: float) -> bool:
+    def _adopt(self, session: bytes, since_s: float) -> bool:
         """Take over a dead session's journal; return whether that is done, and not to be gone on
         with at the next look.
+
+        Of an orphan there are entries alone: their session is known from its life, or nobody knows
+        whose they are.
 
         Raises: OSError: the spool cannot take it now; what is left stays where it is.
         Crash: safe at any line: files are removed only when their records are on the disk, and
             records that come twice are known by their sequence numbers.
         """
-        hosted = self._identify(session)
-        entries = _in_order(self._folder.glob(f"{session.hex()}.*{ENTRIES_SUFFIX}"))
+        entries = journal_folder.entries_of(self._folder, session)
+        hosted = self._identify(session, entries)
+        base = self._path(session)
+        unfinished = base.with_suffix(NEW_SUFFIX)
+        if hosted is None and not base.exists() and journal_folder.holds_nothing(entries):
+            for each in (unfinished, *entries):  # of a rank that was killed as it made its journal
+                each.unlink(missing_ok=True)
+            return True
         if hosted is None:
-            for each in (path, *entries):
-                self._runs.spool.quarantine(each, "nobody can tell whose it is")
+            for each in (base, *entries):
+                if each.exists():
+                    self._runs.spool.quarantine(each, "nobody can tell whose it is")
             return True
         for each in entries:
             if time.monotonic() - since_s > LOOK_BUDGET_S:
                 return False
             self._take_entries(hosted, session, each)
         # What is in no file any more is a gap in the numbers, and counted as damage.
-        hosted.run.skip_to(session, self._watched[session].next_seq)
-        self._runs.close_session(hosted, session, self._watched[session].lost)
-        path.unlink(missing_ok=True)
+        told = self._watched.get(session, Watched(-1))
+        hosted.run.skip_to(session, told.next_seq)
+        self._runs.close_session(hosted, session, told.lost)
+        for each in (base, unfinished):
+            each.unlink(missing_ok=True)
         return True
 
-    def _identify(self, session: bytes) -> Hosted | None:
+    def _identify(self, session: bytes, entries: list[Path]) -> Hosted | None:
         """Return the run of a dead session: known from its life, or by its journal's card."""
         known = self._runs.find_session(session)
-        watched = self._watched[session]
+        watched = self._watched.get(session)
+        if watched is None:
+            return known
         try:
             base = journal_files.read_base(_read_all(watched.fd))
             attachment = read_attachment(base.card)
@@ -224,9 +235,12 @@ class Watcher:
         except FormatError as error:
             log.error("the journal of session %s: %s", session.hex(), error)
             return known
-        watched.lost = base.lost
-        # What was acknowledged before is in a spool, though perhaps not in this one.
-        return known or self._runs.attach(replace(attachment, first_seq=base.acked))
+        # What was acknowledged before is in a spool, though perhaps not in this one. What is in the
+        # files is taken all the same: it does no harm twice, and a counter may be damaged.
+        there = [each for each in map(journal_folder.first_seq_of, entries) if each is not None]
+        return known or self._runs.attach(
+            replace(attachment, first_seq=min(there, default=base.acked))
+        )
 
     def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
         try:
@@ -258,29 +272,12 @@ def _groups(frames: Iterable[bytes]) -> Iterator[list[bytes]]:
         yield group
 
 
-def _in_order(paths: Iterable[Path]) -> list[Path]:
-    """Return entries files in the order of their records; spares, and what cannot be read, last.
-
-    Not by name: a file that was made in a hurry may have been used before one with a lower number.
-    """
-
-    def place(path: Path) -> tuple[bool, int, str]:
-        with path.open("rb") as file:
-            first_seq = journal_files.first_seq_of(file.read(journal_files.ENTRIES_AT))
-        return first_seq is None, first_seq or 0, path.name
-
-    return sorted(paths, key=place)
-
-
 def _read_all(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def _remove_unfinished(path: Path) -> None:
-    """Remove what a rank left that was killed as it made its journal, or as it removed it: before
-    it could accept anything, or after all was acknowledged."""
+def _are_old(paths: Iterable[Path]) -> bool:
     try:
-        if time.time() - path.stat().st_mtime > UNFINISHED_AGE_S:
-            path.unlink(missing_ok=True)
+        return journal_folder.age_s(paths, time.time()) > UNFINISHED_AGE_S
     except FileNotFoundError:
-        pass  # finished meanwhile
+        return False  # finished meanwhile

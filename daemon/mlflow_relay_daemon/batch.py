@@ -51,6 +51,13 @@ class Objection(NamedTuple):
     is_refusal: bool = True  #: by MLflow's own word; False: its server stumbles over it
 
 
+class Points(NamedTuple):
+    """Metrics that have a time each, as other stores keep them; at most METRICS_MAX."""
+
+    timestamp_ms: int  #: of the newest
+    metrics: list[Metric]
+
+
 @dataclass
 class Batch:
     """What goes to MLflow in one request, and what follows from its delivery."""
@@ -72,7 +79,7 @@ class Batch:
     last_record_ms: int = 0
     bytes_estimate: int = 0
 
-    def has_room_for(self, record: Record) -> bool:
+    def has_room_for(self, record: Record | Points) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
         if isinstance(record, Artifact):
@@ -88,6 +95,8 @@ class Batch:
         match record:
             case Metrics() | Combined():
                 metrics += len(record.keys)
+            case Points():
+                metrics += len(record.metrics)
             case Params():
                 params += len(record.items)
             case Tags():
@@ -99,7 +108,7 @@ class Batch:
             and metrics + params + tags <= ENTITIES_MAX
         )
 
-    def add(self, session: bytes, record: Record, known_params: dict[str, str]) -> None:
+    def add(self, session: bytes, record: Record | Points, known_params: dict[str, str]) -> None:
         """Take a record in.
 
         Args:
@@ -111,6 +120,8 @@ class Batch:
         match record:
             case Metrics(timestamp_ms, steps, keys, values):
                 self.metrics += zip(keys, values, [timestamp_ms] * len(keys), steps, strict=True)
+            case Points():
+                self.metrics += record.metrics
             case Params():
                 for key, value in record.items.items():
                     self._add_param(key, value, record.timestamp_ms, known_params)
@@ -123,15 +134,18 @@ class Batch:
                 self.ends.append((session, record))
             case Artifact():
                 self.artifacts.append(record)
-            case Reduce():
-                self.given.append((session, record))
-                self.given_values += len(record.keys)
-            case Combined(timestamp_ms, step, _, suffix, keys, values):
-                names, count = [key + suffix for key in keys], len(keys)
-                self.metrics += zip(
-                    names, values, [timestamp_ms] * count, [step] * count, strict=True
-                )
-                self.given.append((session, record))
+            case Reduce() | Combined():
+                self._add_given(session, record)
+
+    def _add_given(self, session: bytes, record: Reduce | Combined) -> None:
+        self.given.append((session, record))
+        self.given_values += len(record.keys)
+        if isinstance(record, Combined):
+            time_ms, step = record.timestamp_ms, record.step
+            self.metrics += [
+                (key + record.suffix, value, time_ms, step)
+                for key, value in zip(record.keys, record.values, strict=True)
+            ]
 
     def add_printed(self, printed: Printed) -> None:
         """Take in what a rank has printed."""
@@ -209,8 +223,11 @@ def split(entries: list[Entry]) -> tuple[list[Metric], list[Param], list[Tag]]:
     return metrics, params, tags
 
 
-def _body_bytes(record: Record) -> int:
+def _body_bytes(record: Record | Points) -> int:
     match record:
+        case Points():
+            keys = sum(len(metric[0].encode()) for metric in record.metrics)
+            return keys + _METRIC_OVERHEAD_BYTES * len(record.metrics)
         case Metrics() | Combined():
             keys = sum(len(key) if key.isascii() else 4 * len(key) for key in record.keys)
             return keys + _METRIC_OVERHEAD_BYTES * len(record.keys)

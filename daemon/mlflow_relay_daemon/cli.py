@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "runs": (f"{_HERE}.runs:runs", "List the runs that the spool knows."),
     "lineage": (f"{_HERE}.lineage:lineage", "Draw the tree of resumes and forks of a run."),
     "url": (f"{_HERE}.url:url", "Print the MLflow page of a run, or of several compared."),
+    "sync": (f"{_HERE}.sync:sync", "Bring spools and other stores' runs to a server."),
     "dead-letters": (f"{_HERE}.dead_letters:dead_letters", "List, retry or drop refused records."),
     "check": (f"{_HERE}.check:check", "Check this node's setup, and say how to mend it."),
     "demo": (f"{_HERE}.demo:demo", "Show the whole story on one machine."),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mlflow_relay_daemon.batch import Entry, Objection
 from mlflow_relay_daemon.spool.disk import Disk
@@ -41,6 +41,22 @@ class DeadLetter:
         return Entry(self.kind, self.key, value, self.timestamp_ms, self.step)
 
 
+class Letters(Protocol):
+    """Where a lane puts what was refused."""
+
+    def add(self, objections: Iterable[Objection], now_ms: int) -> None:
+        """Keep refused entries. Raises: OSError."""
+        ...
+
+    def list(self) -> list[DeadLetter]:
+        """Return all, oldest first."""
+        ...
+
+    def remove(self, ids: set[int]) -> int:
+        """Forget these; return how many there were. Raises: OSError."""
+        ...
+
+
 class DeadLetters:
     """The dead letters of one run. Safe for several threads."""
 
@@ -65,7 +81,7 @@ class DeadLetters:
         """Keep refused entries; they are on the disk when this returns. Raises: OSError."""
         with self._lock:
             letters = [
-                _letter(self._next_id + index, objection, now_ms)
+                as_letter(self._next_id + index, objection, now_ms)
                 for index, objection in enumerate(objections)
             ]
             if not letters:
@@ -98,7 +114,8 @@ class DeadLetters:
             return len(letters) - len(kept)
 
 
-def _letter(number: int, objection: Objection, now_ms: int) -> DeadLetter:
+def as_letter(number: int, objection: Objection, now_ms: int) -> DeadLetter:
+    """Return what is kept of an objection."""
     entry = objection.entry
     value: Any = entry.value
     if isinstance(value, float) and not math.isfinite(value):

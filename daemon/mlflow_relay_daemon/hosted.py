@@ -17,6 +17,7 @@ from mlflow_relay_daemon.lane import Lane
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.spool.card import Card, SessionCard
@@ -141,7 +142,7 @@ class Runs:
             for session, lost in lost_by_session.items():
                 card = run.card.sessions.get(session.hex())
                 if card is not None and not card.closed:
-                    card.closed, card.lost = True, lost
+                    card.closed, card.lost, card.next_seq = True, lost, run.next_seq(session)
                     closed.append(card)
             if closed:
                 try:
@@ -166,7 +167,7 @@ class Runs:
         """Let go of segments whose content is delivered; put a reserve by if there is none."""
         for hosted in list(self.by_id.values()):
             try:
-                hosted.run.return_space()
+                hosted.run.return_space(is_needed=self.is_full)
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())
@@ -199,6 +200,7 @@ class Runs:
                 resolver,
                 letters,
                 self._lineage_params,
+                TerminalOutput(run),
                 on_news=self._spread_news,
                 on_full=self.spool.reserve.spend,
             )

@@ -230,8 +230,12 @@ class Intake:
         for session, frames in arrivals.items():
             by_run.setdefault(self.sessions[session].hosted.run.card.run_id, []).extend(frames)
         for run_id, frames in by_run.items():
-            if self._append(self._runs.by_id[run_id], frames):
-                for session in {header.session for header, _ in frames}:
+            # A full disk may have room for some of them, and never for all at once.
+            groups = [[each] for each in frames] if self._runs.is_full else [frames]
+            for group in groups:
+                if not self._append(self._runs.by_id[run_id], group):
+                    break  # what follows must not be there before it
+                for session in {header.session for header, _ in group}:
                     self._ack(session)
         arrivals.clear()
 

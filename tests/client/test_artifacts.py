@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as plotly
 import pytest
 import yaml
 
@@ -184,6 +185,13 @@ def test_where_there_is_no_room_files_stay_and_content_is_counted_as_lost(
     assert "no room for a copy" in caplog.text
 
 
+def test_a_run_that_has_ended_takes_no_file_and_keeps_none(run, tmp_path):
+    run.end()
+    with pytest.raises(mlflow_relay.RelayError, match="has ended"):
+        run.log_text("late", "late.txt")
+    assert list((tmp_path / "staging" / run.run_id).iterdir()) == []
+
+
 def test_a_record_comes_back_as_it_was():
     artifact = Artifact(7, "a/b", "0f" * 16, "copy", b"/x/\xff", 3, -4, b"0" * 16)
     assert unpack_record(pack_artifact(artifact)) == artifact
@@ -211,7 +219,6 @@ def test_a_figure_of_matplotlib_or_plotly(run, daemon):
     figure.subplots().plot([1, 2])
     run.log_figure(figure, "a.png")
     run.log_figure(figure, "a.svg", save_kwargs={"dpi": 50})
-    plotly = pytest.importorskip("plotly.graph_objects")
     run.log_figure(plotly.Figure(), "p.html")
     with pytest.raises(TypeError, match="plotly"):
         run.log_figure(plotly.Figure(), "p.txt")

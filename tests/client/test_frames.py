@@ -25,7 +25,7 @@ from mlflow_relay.frames import (
     read_frame,
     read_header,
 )
-from mlflow_relay.records import MetricsPacker
+from mlflow_relay.records import MetricsPacker, unpack_record
 
 SESSIONS = st.binary(min_size=16, max_size=16)
 RECORDS = st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=12)
@@ -180,3 +180,19 @@ def test_cutting_goes_on_to_the_end_and_forgets_nothing():
         at = end
 
     assert found == records
+
+
+#: As the first release wrote it, byte by byte: PROTOCOL's example of then.
+FIRST_RELEASE = bytes.fromhex(
+    "4d524601 000102030405060708090a0b0c0d0e0f 0700000000000000 02000000 54000000 d7e705b8"
+    "2f000000 db506c53 9501d30000018bcfe56800d3000000000000000392a46c6f7373a26c72c410"
+    "3fe00000000000003f50624dd2f1a9fc 15000000 fab53325 9404cf0000018bcfe56be8a846494e4953484544a0"
+)
+
+
+def test_a_frame_of_the_first_release_is_read_as_before():
+    header = read_frame(FIRST_RELEASE)
+    assert (header.first_seq, header.records) == (7, 2)
+    metrics, end = map(unpack_record, iter_entries(FIRST_RELEASE[HEADER_BYTES:]))
+    assert metrics.keys == ["loss", "lr"]
+    assert end.status == "FINISHED"

@@ -23,12 +23,12 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 #: commands → service → intake/delivery → spool/lineage → the client's formats.
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
-    ["service"],
+    ["service", "importers", "sync"],
     ["combiner", "node_metrics", "own_records"],
     ["intake", "adoption", "control", "status", "hosted", "delivery", "lane", "artifacts"],
     ["attachment", "dead_letters", "bisect_refusal", "reduction"],
     ["batch", "retry", "sinks", "spool"],
-    ["states", "config", "control_client"],
+    ["states", "config", "control_client", "journal_folder"],
     ["setting", "counters", "sensors", "screen"],
     ["exits", "logs", "words"],
 ]

@@ -20,11 +20,14 @@ from mlflow_relay.frames import (
 from mlflow_relay.journal_files import (
     ACKED_WORD,
     CARD_AT,
+    COUNTER_MAX,
     ENTRIES_AT,
     LOST_WORD,
     NEXT_SEQ_WORD,
     TAIL_WORD,
+    UNACKED_MAX,
     Salvage,
+    holds_nothing,
     pack_base_head,
     pack_entries_head,
     read_base,
@@ -81,12 +84,30 @@ def records_by_seq(salvage: Salvage) -> dict[int, bytes]:
 # ── the base file ──
 
 
-@given(card=st.binary(max_size=300), next_seq=WORDS, acked=WORDS, lost=WORDS)
-def test_a_base_file_comes_back(card, next_seq, acked, lost):
+@given(
+    card=st.binary(max_size=300),
+    acked=st.integers(0, COUNTER_MAX - UNACKED_MAX),
+    unacked=st.integers(-1, UNACKED_MAX),
+    lost=st.integers(0, COUNTER_MAX),
+)
+def test_a_base_file_comes_back(card, acked, unacked, lost):
+    next_seq = max(0, acked + unacked)
     data = base_file(card, next_seq, acked, lost)
 
     assert read_base(data) == (card, next_seq, acked, lost)
     assert read_counters(data[:CARD_AT]) == (next_seq, acked, lost)
+
+
+@pytest.mark.parametrize(
+    "counters",
+    [(1 << 56, 3, 1), (5, 1 << 30, 1), (5, 3, 1 << 48), (COUNTER_MAX + 1, COUNTER_MAX, 0)],
+)
+def test_counters_that_cannot_be_are_damage_and_the_card_is_read_all_the_same(counters):
+    data = base_file(b"card", *counters)
+
+    with pytest.raises(FormatError, match="counters"):
+        read_counters(data)
+    assert read_base(data) == (b"card", 0, 0, 0)
 
 
 def test_every_flipped_byte_of_head_and_card_is_noticed():
@@ -158,6 +179,19 @@ def test_much_is_cut_into_frames_that_a_daemon_takes():
 def test_a_spare_that_nothing_was_ever_put_into_is_no_damage(size):
     """Also one that was in the making at a kill: every growing journal has that moment."""
     assert salvage_entries(bytes(size), SESSION, 17) == Salvage([], 17, 0)
+
+
+def test_only_what_no_record_was_ever_put_into_holds_nothing():
+    assert holds_nothing(bytes(72))
+    assert holds_nothing(b"")
+    assert holds_nothing(entries_file([])[:72])
+    assert holds_nothing(entries_file([], tail=0)[:72])  # killed between head and tail
+    whole = entries_file([b"x"])[:72]
+    assert not holds_nothing(whole)
+    assert not holds_nothing(entries_file([b"x"], tail=0)[:72])
+    assert not holds_nothing(entries_file([], tail=500)[:72])
+    assert not holds_nothing(whole[:3] + b"\2" + whole[4:])
+    assert not holds_nothing(b"noise")
 
 
 @pytest.mark.parametrize("tail", [0, ENTRIES_AT - 1, 1 << 40, (1 << 64) - 1])

@@ -61,6 +61,9 @@ class OnlyIndex:
     def __index__(self) -> int:
         return 7
 
+    def __repr__(self) -> str:  # the name of a test must be the same in every process
+        return "OnlyIndex()"
+
 
 class Broken:
     """Raises whatever is asked of it."""

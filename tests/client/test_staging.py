@@ -100,6 +100,12 @@ def test_what_is_no_file_is_refused_at_once_and_by_name(tmp_path, kind):
     assert not (tmp_path / "staged").exists()
 
 
+def test_a_file_of_the_kernel_that_says_it_is_empty_is_copied_all_the_same(tmp_path):
+    staged = staging.stage_file("/proc/self/status", tmp_path / "staged", NEVER)
+    assert b"Name:" in (tmp_path / "staged").read_bytes()
+    assert staged.size > 0
+
+
 def test_a_copy_that_fails_leaves_nothing(tmp_path):
     (tmp_path / "source").write_bytes(b"content")
     with pytest.raises(FileNotFoundError):

@@ -266,8 +266,8 @@ def test_what_the_rank_had_sent_is_not_taken_twice(node):
 
 
 def test_what_was_acknowledged_by_a_spool_that_is_lost_is_not_waited_for(node):
-    """Only what the journal still has can be saved."""
-    process = node.rank(records(0, 2000, size=20), acked_frames=1)
+    """Only what the journal's files still have can be saved; all of it is, acknowledged or not."""
+    process = node.rank(records(0, 2000, size=20), acked_frames=2)
     kill(process)
     node.look()
 
@@ -512,6 +512,28 @@ def test_no_damaged_byte_of_a_journal_stops_the_daemon_or_costs_another_rank(nod
             assert len(node.quarantined()) == 2
 
 
+@pytest.mark.parametrize("word", [2, 3, 4])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_damaged_counter_invents_no_loss_and_hides_no_record(node, word, is_known):
+    """Of the next number, of the acknowledged, of the lost calls: each is far off."""
+    process = node.rank(records(0, 9), lost=3)
+    if is_known:
+        node.runs.attach(attachment())
+    kill(process)
+    (path,) = node.journals.glob("*.journal")
+    data = bytearray(path.read_bytes())
+    data[8 * word + 6] ^= 0xFF
+    path.write_bytes(data)
+    assert node.look() == [SESSION]
+
+    run = node.runs.by_id[RUN_ID].run
+    assert node.seqs() == list(range(9))
+    assert run.next_seq(SESSION) == 9
+    assert run.sequences.missing == 0
+    assert node.session_card().lost == 0
+    assert node.left() == node.quarantined() == []
+
+
 def test_a_damaged_base_costs_nothing_where_the_session_is_known(node):
     process = node.rank(records(0, 9))
     node.runs.attach(attachment())
@@ -574,6 +596,93 @@ def test_unfinished_files_are_removed_when_they_are_old(node):
     node.look()
 
     assert node.left() == [f"{young}.000001.entries", f"{young}.new"]
+
+
+def make_old(node: Node) -> None:
+    for path in node.journals.iterdir():
+        os.utime(path, (0, 0))
+
+
+def test_entries_whose_base_file_is_gone_are_taken_where_their_session_is_known(node):
+    process = node.rank(records(0, 9), spare=True)
+    node.runs.attach(attachment())
+    kill(process)
+    node.start()  # another daemon, that has never seen the base file
+    next(node.journals.glob("*.journal")).unlink()
+    assert node.look() == []  # young: somebody may be making his journal
+    assert not node.session_card().closed
+
+    make_old(node)
+    assert node.look() == [SESSION]
+    assert node.seqs() == list(range(9))
+    assert node.session_card().closed
+    assert node.left() == node.quarantined() == []
+
+
+def test_entries_whose_base_file_is_gone_and_that_nobody_knows_are_put_aside(node):
+    kill(node.rank(records(0, 9), spare=True))
+    next(node.journals.glob("*.journal")).unlink()
+    make_old(node)
+    node.look()
+
+    assert node.quarantined() == [
+        f"{SESSION.hex()}.000001.entries",
+        f"{SESSION.hex()}.000002.entries",
+    ]
+    assert node.left() == []
+
+
+def test_a_rank_whose_base_file_was_removed_lives_until_its_lock_is_free(node):
+    process = node.rank(records(0, 9))
+    node.runs.attach(attachment())
+    node.look()
+    next(node.journals.glob("*.journal")).unlink()
+    make_old(node)
+    assert node.look() == []
+    assert len(node.left()) == 1
+
+    kill(process)
+    assert node.look() == [SESSION]
+    assert node.seqs() == list(range(9))
+    assert node.session_card().closed
+
+
+def test_entries_of_a_later_release_without_a_base_file_are_left_alone(node):
+    kill(node.rank(records(0, 9)))
+    node.runs.attach(attachment())
+    next(node.journals.glob("*.journal")).unlink()
+    (path,) = node.journals.iterdir()
+    data = path.read_bytes()
+    path.write_bytes(data[:3] + b"\2" + data[4:])
+    make_old(node)
+    for _ in range(2):
+        assert node.look() == []
+
+    assert node.left() == [path.name]
+    assert path.read_bytes()[4:] == data[4:]
+
+
+def test_what_is_nothing_of_a_journal_is_left_where_it_is(node):
+    strangers = ["notes.txt", ".hidden", f"{'c' * 32}.txt", f"{'c' * 31}.000001.entries"]
+    for name in strangers:
+        (node.journals / name).write_text("foreign")
+    folders = [
+        f"{'d' * 32}.journal",
+        f"{'e' * 32}.000001.entries",
+        f"{SESSION.hex()}.000007.entries",
+    ]
+    for name in folders:
+        (node.journals / name).mkdir()
+        (node.journals / name / "file").write_text("foreign")
+    kill(node.rank(records(0, 5)))
+    make_old(node)
+    for _ in range(3):
+        node.look()
+
+    assert node.seqs() == list(range(5))
+    assert node.left() == sorted([*strangers, *folders])
+    assert node.quarantined() == []
+    assert node.counters.fsync_failures == node.counters.bad_messages == 0
 
 
 def test_entries_of_a_living_rank_are_never_too_old(node):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 
@@ -22,6 +24,7 @@ from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lane import BLOCKED_RETRY_S, REST_WAIT_S
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker, Stopped
 from mlflow_relay_daemon.sinks import Refused, RunGone, ServerAway, SinkError, TryAgain
 from mlflow_relay_daemon.spool import card as cards
@@ -60,6 +63,7 @@ def new_lane(run: RunSpool, sink: FakeSink, breaker: Breaker, letters: DeadLette
         Resolver(sink, lambda run_id: None),
         letters,
         LineageParams(run=(), fork=()),
+        TerminalOutput(run),
         on_news=lambda: None,
     )
 
@@ -86,6 +90,7 @@ class Life:
     def close_session(self, session: bytes, *, lost: int = 0) -> None:
         with self.run.lock:
             self.run.card.sessions[session.hex()].closed = True
+            self.run.card.sessions[session.hex()].next_seq = self.run.next_seq(session)
             self.run.card.sessions[session.hex()].lost = lost
             self.run.save_card()
 
@@ -797,6 +802,32 @@ def test_what_was_acknowledged_and_cannot_be_read_is_counted_and_said_on_the_run
     assert life.run.mark.damaged_records == 10
 
 
+@pytest.mark.parametrize("cut", ["a frame", "all frames", "all of the file"])
+def test_what_is_cut_off_behind_a_session_that_is_closed_is_counted(new_life, sink, cut):
+    """Nobody comes back who would ask for it, or tell of it."""
+    life = new_life()
+    life.append(frame_of_metrics(0, 10))
+    life.close()
+    life = new_life()  # goes on in a segment of its own
+    life.append(frame_of_metrics(10, 10))
+    life.end_all(20)
+    ends = len(frame(20, [end("FINISHED", "", END_MS)])[1]) * 2
+    path = segment.path_of(life.run.folder, 2)
+    whole = len(frame_of_metrics(10, 10)[1])
+    size = {"a frame": path.stat().st_size - ends - 1,
+            "all frames": path.stat().st_size - ends - whole, "all of the file": 0}[cut]  # fmt: skip
+    life.close()
+    os.truncate(path, size)
+    for _ in range(2):  # told, and not counted again
+        life = new_life()
+        life.insist()
+        run = sink.only_run()
+        assert points_in(run) == points_of(*range(10))
+        assert run.tags["relay.damaged_records"] == "12"
+        assert run.status == "FAILED"
+        assert life.run.waiting_records() == 0
+
+
 def test_a_damaged_record_is_counted_once_and_its_neighbours_arrive(new_life, sink):
     life = new_life()
     life.append(frame_of_metrics(0, 10))
@@ -835,6 +866,26 @@ def test_a_frame_that_was_torn_and_came_again_whole_is_delivered_whole(new_life,
     run = sink.only_run()
     assert points_in(run) == points_of(*range(20))
     assert "relay.damaged_records" not in run.tags
+
+
+def test_a_frame_of_a_later_release_blocks_its_run_in_words_and_is_kept(new_life, sink):
+    life = new_life()
+    life.append(frame_of_metrics(0, 10))
+    life.close()
+    path = segment.path_of(life.run.folder, 1)
+    data = path.read_bytes()
+    whole = len(frame_of_metrics(0, 10)[1])
+    before, later = data[:-whole], bytearray(data[-whole:])
+    later[3] = 2
+    later[36:40] = crc32(later[40:], crc32(later[:36])).to_bytes(4, "little")
+    life = new_life()
+    life.append(frame_of_metrics(10, 10))  # so that recovery has no need to read the other
+    path.write_bytes(before + later)
+
+    assert life.work() == BLOCKED_RETRY_S
+    assert life.lane.is_blocked
+    assert "version 2; this release reads version 1" in life.lane.last_error
+    assert path.read_bytes() == before + later
 
 
 # ── the threads ──

@@ -332,6 +332,7 @@ def test_a_session_that_detaches_is_over_with_its_losses_on_the_disk(daemon, pee
     card = daemon.on_disk().sessions[SESSION.hex()]
     assert card.closed
     assert card.lost == 7
+    assert card.next_seq == 5
     assert daemon.on_disk().lost_records == 7
     assert SESSION not in daemon.intake.sessions
 
@@ -467,6 +468,22 @@ def test_the_quota_is_a_full_disk_too(daemon, peer, monkeypatch):
     assert peer.hear_ack() == 5
 
 
+def test_of_frames_that_do_not_fit_together_those_that_fit_are_taken(daemon, peer, monkeypatch):
+    """Else a rank that sends more at once than a small quota holds would be refused for ever."""
+    monkeypatch.setattr(module, "FULL_PAUSE_S", 0.0)
+    peer.attach()
+    peer.send(0)
+    assert peer.hear_ack() == 5
+    daemon.spool.bytes_max = daemon.spool.segment_bytes() + len(frame_of_metrics(5, 5)[1]) + 50
+    name = daemon.intake.sessions[SESSION].peer
+    group = [[name, DATA, frame_of_metrics(first, 5)[1]] for first in (5, 10, 15)]
+    for _ in range(2):  # together they do not fit; then one by one
+        daemon.intake._serve(group)
+
+    assert daemon.hosted().run.next_seq(SESSION) == 10
+    assert peer.hear_ack() == 10
+
+
 @pytest.mark.parametrize("operation", ["make_folder", "sync", "rename"])
 def test_a_session_that_is_not_on_the_disk_is_not_attached(daemon, peer, operation):
     daemon.disk.fail(operation, error=errno.ENOSPC)
@@ -516,7 +533,7 @@ NOISE: dict[str, list[bytes]] = {
     "cut frame": [DATA, FRAME[:-1]],
     "frame and more": [DATA, FRAME + b"\0"],
     "damaged frame": [DATA, FRAME[:-1] + b"\xff"],
-    "frame of a later release": [DATA, FRAME[:3] + b"\2" + FRAME[4:]],
+    "frame of a later release": [DATA, FRAME[:3] + b"\3" + FRAME[4:]],
     "frame that says it is huge": [DATA, FRAME[:32] + b"\xff\xff\xff\xff" + FRAME[36:]],
     "short session": [ALIVE, b"short"],
     "short detach": [DETACH, b"short"],

@@ -312,6 +312,21 @@ def test_little_is_not_worth_a_new_segment(open_run, tmp_path):
     assert segments(tmp_path) == [1]
 
 
+def test_little_is_given_back_too_where_nothing_more_could_be_taken(open_run, tmp_path):
+    run = open_run(segment_bytes_max=1 << 30)
+    append(run, 0, count=200)
+    settle_all(run)
+    before = run.segment_bytes()
+    run.return_space(is_needed=True)
+    assert segments(tmp_path) == [2]
+    assert run.segment_bytes() < before / 2
+
+    run.return_space(is_needed=True)  # a head for a head would be no gain
+    assert segments(tmp_path) == [2]
+    append(run, 200)
+    assert seqs_in(run) == seqs_in(open_run()) == list(range(200, 205))
+
+
 def test_nothing_is_given_back_that_is_not_delivered(open_run, tmp_path):
     run = open_run(segment_bytes_max=1 << 30)
     for first in range(0, 40_000, 500):

@@ -298,7 +298,7 @@ def test_what_is_nothing_of_ours_is_left_where_it_is(open_spool):
     assert (spool.folder / "runs" / ".nfs0001").exists()
 
 
-@pytest.mark.parametrize("what", ["card", "segment"])
+@pytest.mark.parametrize("what", ["card", "newest segment", "earlier segment"])
 def test_what_a_later_release_wrote_is_left_alone_and_never_written_over(open_spool, what):
     spool = open_spool()
     run = run_with_frames(spool)
@@ -307,7 +307,8 @@ def test_what_a_later_release_wrote_is_left_alone_and_never_written_over(open_sp
         path = folder_of(spool) / cards.NAME
         path.write_bytes(path.read_bytes().replace(b'"version": 1', b'"version": 2'))
     else:
-        path = segment.path_of(run.folder, segment.numbers_in(run.folder)[-1])
+        which = -1 if what == "newest segment" else -2
+        path = segment.path_of(run.folder, segment.numbers_in(run.folder)[which])
         data = path.read_bytes()
         path.write_bytes(data[:3] + b"\2" + data[4:])
     before = {path: path.read_bytes() for path in folder_of(spool).iterdir()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import sqlite3
 import time
 from pathlib import Path
@@ -34,8 +35,11 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if path.stat().st_size else ""
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def staged(node: Node) -> list[Path]:
@@ -279,8 +283,7 @@ def test_other_stores_are_reached_through_a_process_that_comes_and_goes(tmp_path
         assert node.daemon is not None
         run_id = last_json(finish([node.rank(EVERYTHING, tmp_path / "tree")])[0])
         run = node.wait_until_ended(run_id)
-        children = [" ".join(each.cmdline()) for each in psutil.Process(node.daemon.pid).children()]
-        assert any("artifacts.helper" in line for line in children)
+        (helper,) = helpers_of(node)
         with sqlite3.connect(database) as tables:
             (uri,) = tables.execute(
                 "SELECT artifact_uri FROM runs WHERE run_uuid = ?", (run["mlflow_run_id"],)
@@ -288,11 +291,25 @@ def test_other_stores_are_reached_through_a_process_that_comes_and_goes(tmp_path
         found = files_in(Path(uri.removeprefix("file://")))
         assert found["same.txt"] == b"third"
         assert {name: found[f"tree/{name}"] for name in content} == content
+        helper.kill()  # the next file has another
+        script = """
+            import sys, mlflow_relay
+            with mlflow_relay.start_run("artifacts", run_key=sys.argv[1]) as run:
+                run.log_text("after the helper's death", "later.txt")
+        """
+        finish([node.rank(script, f"{tmp_path} later")])
+        wait_until(lambda: len(node.status()["runs"]) == 2, "the other run is known")
+        (later,) = {run["run_id"] for run in node.status()["runs"]} - {run_id}
+        assert node.wait_until_ended(later)["artifacts"]["uploaded"] == 1
+        (helper,) = helpers_of(node)
         assert node.stop() == 0
-        helpers = [each for each in psutil.process_iter(["cmdline", "environ"])
-                   if "artifacts.helper" in " ".join(each.info["cmdline"] or ())
-                   and (each.info["environ"] or {}).get("MLFLOW_RELAY_SPOOL") == str(node.spool)]  # fmt: skip
-        assert helpers == []
+        wait_until(lambda: not helper.is_running(), "the helper goes with its daemon")
+
+
+def helpers_of(node: Node) -> list[psutil.Process]:
+    assert node.daemon is not None
+    children = psutil.Process(node.daemon.pid).children()
+    return [each for each in children if "artifacts.helper" in " ".join(each.cmdline())]
 
 
 def test_the_quota_keeps_ranks_from_staging_more_and_metrics_go_on(
@@ -354,3 +371,112 @@ def test_ten_thousand_small_artifacts(tmp_path, mlflow_server):
         assert found == {f"many/{i}.txt": f"text {i}".encode() for i in range(10_000)}
         assert staged(node) == []
         print(node.status()["daemon"])
+
+
+CHECKPOINT = """
+    import sys, pathlib, mlflow_relay, json, time
+    with mlflow_relay.start_run("artifacts", run_key=sys.argv[1]) as run:
+        run.log_metric("tick", 0, step=0)
+        while run.mlflow_run_id is None:
+            time.sleep(0.05)
+        begin_s = time.perf_counter()
+        run.log_artifact(sys.argv[1], "checkpoints")
+        call_s = time.perf_counter() - begin_s
+        pathlib.Path(sys.argv[1]).unlink()
+        print(json.dumps({"run_id": run.run_id, "call_s": call_s}), flush=True)
+        step = 0
+        while not pathlib.Path(sys.argv[2]).exists():
+            step += 1
+            run.log_metric("tick", time.time(), step=step)
+            time.sleep(0.1)
+"""
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_a_checkpoint_of_two_gigabytes(tmp_path, mlflow_server):
+    """Figures are printed: how long the call took, how late metrics were, what memory it took."""
+    source, done = tmp_path / "model.ckpt", tmp_path / "done"
+    block = os.urandom(16 << 20)
+    with source.open("wb") as file:
+        for index in range(128):
+            file.write(index.to_bytes(8, "little") + block[8:])
+    wanted = sha256(source)
+    with Node(tmp_path / "node", mlflow_server.uri) as node:
+        node.start()
+        rank = node.rank(CHECKPOINT, source, done)
+        assert rank.stdout is not None
+        told = json.loads(rank.stdout.readline())
+        run_id = told["run_id"]
+        memory, lags_s = [], []
+
+        def look() -> dict[str, Any]:
+            status = node.status()
+            memory.append(status["daemon"]["memory_bytes"])
+            (run,) = status["runs"]
+            points = mlflow_server.all_points(run["mlflow_run_id"])
+            newest_s = max(value for _, value, _, _ in points)
+            if newest_s:
+                lags_s.append(time.time() - newest_s)
+            return run
+
+        wait_until(lambda: look()["artifacts"]["sent_bytes"] > 500 << 20, "in the middle", 300)
+        node.kill()
+        node.start()
+        meanwhile_s = sorted(lags_s)
+        wait_until(lambda: look()["artifacts"]["uploaded"] == 1, "it is there", 600)
+        done.touch()
+        rank.communicate(timeout=60)
+        run = node.wait_until_ended(run_id)
+        assert sha256(stored(mlflow_server, run) / "checkpoints" / "model.ckpt") == wanted
+        (end,) = [line for line in ledger(node, run_id) if "end" in line]
+        assert end["sha256"] == wanted
+        assert staged(node) == []
+        middle_s, most_s = meanwhile_s[len(meanwhile_s) // 2], meanwhile_s[-1]
+        print(
+            f"call {1000 * told['call_s']:.1f} ms; metrics late by {middle_s:.2f} s (median), "
+            f"{most_s:.2f} s (most), after the kill {max(lags_s):.2f} s (most); "
+            f"memory at most {max(memory) / 1e6:.0f} MB"
+        )
+        assert max(memory) < 120e6
+
+
+MANY_VERSIONS = """
+    import sys, random, time, mlflow_relay, json
+    rng, last = random.Random(int(sys.argv[2])), {}
+    with mlflow_relay.start_run("artifacts", run_key=sys.argv[1]) as run:
+        for index in range(400):
+            name = f"{rng.randrange(40)}.txt"
+            last[name] = f"{index} " + "x" * rng.choice([1, 1000, 100_000])
+            run.log_text(last[name], name)
+            time.sleep(0.02)
+    print(json.dumps({"run_id": run.run_id, "last": {n: len(t) for n, t in last.items()},
+                      "index": {n: t.split()[0] for n, t in last.items()}}))
+"""
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+def test_kills_of_the_daemon_at_any_moment_leave_the_last_version_of_each_file(
+    tmp_path, mlflow_server
+):
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    with Node(tmp_path, mlflow_server.uri, settings={"artifact_uploads": "4"}) as node:
+        node.start()
+        rank = node.rank(MANY_VERSIONS, tmp_path, seed)
+        kills = 0
+        while rank.poll() is None:
+            time.sleep(rng.uniform(0.1, 1.5))
+            node.kill()
+            node.start()
+            kills += 1
+        told = last_json(finish([rank])[0])
+        run = node.wait_until_ended(told["run_id"])
+        found = files_in(stored(mlflow_server, run))
+        assert {name: len(data) for name, data in found.items()} == told["last"]
+        assert {n: data.split()[0].decode() for n, data in found.items()} == told["index"]
+        assert staged(node) == []
+        assert kills >= 5
+        print(f"{kills} kills")

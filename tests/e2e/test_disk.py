@@ -10,8 +10,9 @@ import random
 import struct
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -599,37 +600,52 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], range]] = {
     "a torn dead letter": (tear_dead_letters, range(1)),
 }
 HEADER_DAMAGES = [name for name in DAMAGES if name.endswith(("of a frame", "first number"))]
-RANDOM_RUNS = 8
+#: Flips bits of segments at random; many of it are for torture.
+RANDOM = [f"random {number}" for number in range(2)]
+
+
+def flip_at_random(seed: int) -> Callable[[Path], None]:
+    rng = random.Random(seed)
+
+    def damage(folder: Path) -> None:
+        for _ in range(rng.randint(1, 3)):
+            path = rng.choice(segments(folder))
+            flip(path, rng.randrange(path.stat().st_size), 1 << rng.randrange(8))
+
+    return damage
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory, mlflow_server) -> Iterator[dict[str, Any]]:
-    """A spool with a run for each damage, partly delivered, then damaged, then delivered."""
+def damaged(tmp_path_factory, mlflow_server) -> Iterator[Damaged]:
     seed = random.randrange(1 << 32)
-    folder = tmp_path_factory.mktemp("damaged")
+    damages = {name: damage for name, (damage, _) in DAMAGES.items()}
+    damages |= {name: flip_at_random(seed + number) for number, name in enumerate(RANDOM)}
+    with damaged_spool(tmp_path_factory.mktemp("damaged"), mlflow_server, damages, seed) as found:
+        yield found
+
+
+class Damaged(NamedTuple):
+    node: Node
+    run_ids: dict[str, str]  #: by damage, in the order of their numbers
+    seed: int
+
+
+@contextmanager
+def damaged_spool(
+    folder: Path, server: MlflowServer, damages: dict[str, Callable[[Path], None]], seed: int
+) -> Iterator[Damaged]:
+    """A spool with a run for each damage, partly delivered, then damaged, then delivered."""
     settings: dict[str, object] = {"segment_bytes_max": "64KB", "drain_timeout_s": 0}
-    with (
-        TcpProxy(mlflow_server.uri) as proxy,
-        Node(folder, proxy.uri, settings=settings) as node,
-    ):
+    with TcpProxy(server.uri) as proxy, Node(folder, proxy.uri, settings=settings) as node:
         node.start()
-        run_ids = many_runs(node, proxy, len(DAMAGES) + RANDOM_RUNS)
+        run_ids = many_runs(node, proxy, len(damages))
         assert node.stop() == 1  # it says that something is left
-        told = {}
-        folders = [node.spool / "runs" / run_id for run_id in run_ids]
-        for (name, (damage, _)), each in zip(DAMAGES.items(), folders, strict=False):
-            assert len(segments(each)) >= 3
-            damage(each)
-            told[name] = each.name
-        rng = random.Random(seed)
-        for number, each in enumerate(folders[len(DAMAGES) :]):
-            for _ in range(rng.randint(1, 3)):
-                path = rng.choice(segments(each))
-                flip(path, rng.randrange(path.stat().st_size), 1 << rng.randrange(8))
-            told[f"random {number}"] = each.name
+        for damage, run_id in zip(damages.values(), run_ids, strict=True):
+            assert len(segments(node.spool / "runs" / run_id)) >= 3
+            damage(node.spool / "runs" / run_id)
         proxy.heal()
         node.start()
-        yield {"node": node, "runs": told, "seed": seed, "order": run_ids}
+        yield Damaged(node, dict(zip(damages, run_ids, strict=True)), seed)
         assert node.daemon is not None
         assert node.daemon.poll() is None
 
@@ -676,13 +692,26 @@ def add_strangers_around(node: Node) -> list[Path]:
     return made
 
 
-@pytest.mark.parametrize("name", [*DAMAGES, *(f"random {n}" for n in range(RANDOM_RUNS))])
+@pytest.mark.parametrize("name", [*DAMAGES, *RANDOM])
 def test_damage_costs_what_it_hit_and_is_counted_to_the_record(damaged, mlflow_server, name):
-    node, run_id = damaged["node"], damaged["runs"][name]
-    show(f"seed {damaged['seed']}")
-    run = node.wait_until_ended(run_id, timeout_s=30.0)
-    found = stored(mlflow_server, run["mlflow_run_id"])
-    missing = Expected(damaged["order"].index(run_id), found).missing
+    assert_counted_to_the_record(damaged, mlflow_server, name)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+def test_random_damage_to_many_runs_is_counted_to_the_record(tmp_path, mlflow_server):
+    seed = random.randrange(1 << 32)
+    damages = {f"random {number}": flip_at_random(seed + number) for number in range(60)}
+    with damaged_spool(tmp_path, mlflow_server, damages, seed) as damaged:
+        for name in damages:
+            assert_counted_to_the_record(damaged, mlflow_server, name)
+
+
+def assert_counted_to_the_record(damaged: Damaged, server: MlflowServer, name: str) -> None:
+    show(f"{name}, seed {damaged.seed}")
+    run = damaged.node.wait_until_ended(damaged.run_ids[name])
+    found = stored(server, run["mlflow_run_id"])
+    missing = Expected(list(damaged.run_ids).index(name), found).missing
     end_missing = found.status != "FINISHED"
     if end_missing:
         assert found.status == "FAILED"
@@ -698,9 +727,9 @@ def test_damage_costs_what_it_hit_and_is_counted_to_the_record(damaged, mlflow_s
 
 
 def test_damage_is_shown(damaged):
-    node = damaged["node"]
-    for run_id in damaged["runs"].values():
-        node.wait_until_ended(run_id, timeout_s=30.0)
+    node = damaged.node
+    for run_id in damaged.run_ids.values():
+        node.wait_until_ended(run_id)
     assert log_lines(node, "Traceback") == []
     status = node.status()
     counted = sum(run["damaged_records"] for run in status["runs"])
@@ -961,7 +990,7 @@ def journal_problem(
     runs = [run for run in node.status()["runs"] if run["run_id"] == journal.run_id]
     if not runs:
         return "" if set_aside else "gone without a trace"
-    run = node.wait_until_ended(journal.run_id, timeout_s=20.0)
+    run = node.wait_until_ended(journal.run_id)
     found = stored(server, run["mlflow_run_id"])
     missing = Expected(index, found).missing
     if found.status != "FAILED":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from typing import Any
 
 from mlflow_relay import records
 from mlflow_relay.errors import FormatError
@@ -12,13 +13,14 @@ from mlflow_relay_daemon.batch import (
     Batch,
     Entry,
     Objection,
+    Points,
     fits_whole,
     split,
 )
 from mlflow_relay_daemon.bisect_refusal import deliver_apart
-from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
-from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
+from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.reduction import LATE, MISSING_TAG, Giver, Reduction
 from mlflow_relay_daemon.sinks import Refused, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
@@ -34,7 +36,7 @@ class Batches:
     """Delivers what stands in one run's spool."""
 
     def __init__(
-        self, destination: Destination, letters: DeadLetters, translation: Translation
+        self, destination: Destination, letters: Letters, translation: Translation
     ) -> None:
         self._to, self._letters, self._translation = destination, letters, translation
         self._known_params: dict[str, str] = {}
@@ -63,12 +65,15 @@ class Batches:
         mark = Watermark(**vars(self._to.run.mark))
         seen = Sequences(mark.sequences)
         for place, piece, behind in self._to.run.pieces():
-            skip = mark.skip if (mark.segment, mark.offset) == place else 0
+            skip = begun = mark.skip if (mark.segment, mark.offset) == place else 0
             header = piece.header
             is_new = header is not None and (
                 not piece.whole or seen.is_new(header.session, header.first_seq, header.next_seq)
             )
             if header is not None and is_new:
+                if piece.whole:  # what a sync has brought, or an earlier file: not once more
+                    skip = max(skip, seen.next_seq(header.session) - header.first_seq)
+                    mark.settled_records += max(0, skip - begun)
                 for index, raw in enumerate(piece.records[skip:], skip):
                     if not self._take(batch, header.session, header.first_seq + index, raw):
                         mark.segment, mark.offset = place
@@ -88,12 +93,14 @@ class Batches:
         mark.sequences = seen.save()
         return batch, mark
 
-    def _take(self, batch: Batch, session: bytes, seq: int, raw: bytes | None) -> bool:
+    def _take(self, batch: Batch, session: bytes, seq: int, raw: Any) -> bool:
         """Put a record into the batch; return False if it has no room for it."""
         if raw is None:
             return True  # a gap in the numbers, counted when the run ends
         try:
-            record = records.unpack_record(raw)
+            record: records.Record | Points = (
+                records.unpack_record(raw) if isinstance(raw, bytes) else raw
+            )
         except FormatError as error:
             entry = Entry("record", "", base64.b64encode(raw).decode(), 0, None)
             batch.objections.append(Objection(entry, str(error)))
@@ -133,13 +140,14 @@ class Batches:
             batch.held = [each for each in batch.held if each[:2] != ["tag", key]]
             if has is not None:
                 self._overruled.add(key)
-            translated = self._translation.of(value)
+            translated = self._translation.of(value, key)
             if translated is None:
                 batch.held.append([kind, key, value])
                 continue
             items[key] = translated
-            if translated != value:
-                batch.tags[ORIGINAL_TAG + key] = value
+            original = self._translation.original_tag(key)
+            if translated != value and original is not None:
+                batch.tags[original] = value
         return record._replace(items=items)
 
     def _reduce(self, batch: Batch, mark: Watermark) -> None:

@@ -126,7 +126,9 @@ class Creation:
     def _create(self, experiment_id: str) -> None:
         card, parent = self._to.card, self._to.card.resumed_parent()
         root = self._resolver.find_root(parent.asked) if parent else None
-        tags = {**card.tags, RUN_ID_TAG: card.run_id, RUN_KEY_TAG: card.run_key}
+        tags = {**card.tags, RUN_ID_TAG: card.run_id}
+        if card.run_key:  # runs of other stores have none
+            tags[RUN_KEY_TAG] = card.run_key
         if root is not None:
             tags |= {RESUMED_TAG: "True", PARENT_TAG: root.run_id}
         elif parent is not None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
+from mlflow_relay.records import Artifact
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag
 from mlflow_relay_daemon.spool.card import Card
-from mlflow_relay_daemon.spool.run_spool import RunSpool
+from mlflow_relay_daemon.spool.run_spool import Place
+from mlflow_relay_daemon.spool.segment import Piece
+from mlflow_relay_daemon.spool.transcript import Printed
+from mlflow_relay_daemon.spool.watermark import Watermark
 
 T = TypeVar("T")
 
@@ -18,6 +23,71 @@ RESUMED_BY_TAG = "relay.resumed_by."  #: followed by the relay run id that goes 
 OWNER_TAG = "relay.owner"  #: the node that established the run
 #: Of a run that goes on as itself: when its last life began, and the relay run id of that.
 LAST_LIFE_TAG = "relay.last_life"
+#: The run id in the store from which `mlflow-relay sync` took the run.
+SOURCE_TAG = "relay.source_run_id"
+
+
+class Artifacts(Protocol):
+    """What is to be uploaded of a run."""
+
+    @property
+    def waiting(self) -> Mapping[int, Artifact]:
+        """Those that are not uploaded yet, by number."""
+        ...
+
+    def accept(self, artifacts: Iterable[Artifact]) -> None:
+        """Take them in; they are on the disk when this returns. Raises: OSError."""
+        ...
+
+
+class Terminal(Protocol):
+    """What the ranks of a run have printed."""
+
+    def add(self, printed: Sequence[Printed]) -> None:
+        """Take it in; it is on the disk when this returns. Raises: OSError."""
+        ...
+
+
+class Records(Protocol):
+    """A run's records and card: a folder of this daemon's spool, or a source of a sync."""
+
+    card: Card
+    lock: threading.RLock
+    mark: Watermark
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Those whose records were delivered."""
+        ...
+
+    @property
+    def terminal(self) -> Terminal:
+        """What ranks have printed, of the records that were delivered."""
+        ...
+
+    def pieces(self) -> Iterator[tuple[Place, Piece, Place]]:
+        """Yield (where it stands, what stands there, what is behind it) from the watermark on."""
+        ...
+
+    def settle(self, mark: Watermark) -> None:
+        """All before the mark is done with."""
+        ...
+
+    def is_drained(self) -> bool:
+        """Return whether nothing is left to deliver."""
+        ...
+
+    def waiting_bytes(self) -> int:
+        """Return about how much is left to deliver."""
+        ...
+
+    def next_seq(self, session: bytes) -> int:
+        """Return the first sequence number that the session has not reached."""
+        ...
+
+    def save_card(self) -> None:
+        """Keep the card. Raises: OSError."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +99,7 @@ class Destination:
         artifact_wait_s: how long the end of the run waits for its artifacts.
     """
 
-    run: RunSpool
+    run: Records
     sink: Sink
     breaker: Breaker
     node: str

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from mlflow_relay.errors import VersionError
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
@@ -25,11 +26,15 @@ from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
 from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
+from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.lane.waits import held_texts
 from mlflow_relay_daemon.reduction import has_waiting
 from mlflow_relay_daemon.retry import backoff_s
-from mlflow_relay_daemon.sinks import NotYet, Permanent, SinkError, TryAgain
+from mlflow_relay_daemon.sinks import NotYet, Permanent, RunInfo, SinkError, TryAgain
+from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunEvent, RunState, next_state
 
 log = logging.getLogger(__name__)
@@ -61,6 +66,7 @@ class Lane:
         resolver: Resolver,
         letters: DeadLetters,
         lineage_params: LineageParams,
+        output: TerminalOutput,
         *,
         on_news: Callable[[], None],
         on_full: Callable[[], bool] = lambda: False,
@@ -79,7 +85,7 @@ class Lane:
         translation = Translation(destination, resolver)
         self._creation = Creation(destination, resolver)
         self._links = Links(destination, resolver, translation, lineage_params, letters)
-        self._output = TerminalOutput(destination.run)
+        self._output = output
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
         self._artifacts = ArtifactWord(destination)
@@ -98,7 +104,7 @@ class Lane:
         except TryAgain as error:
             self._failures += 1
             return self._trouble(error, backoff_s(self._failures, self._rng))
-        except Permanent as error:
+        except (Permanent, VersionError) as error:  # a frame of a later release: its to deliver
             self.is_blocked = True
             return self._trouble(error, BLOCKED_RETRY_S)
         except OSError as error:
@@ -131,7 +137,7 @@ class Lane:
         self._ending.is_leaving = self._is_leaving = True
         self.is_parked = False  # what it waited for is done now
 
-    def _trouble(self, error: SinkError | OSError, wait_s: float) -> float:
+    def _trouble(self, error: SinkError | VersionError | OSError, wait_s: float) -> float:
         text = str(error)
         if text != self.last_error:
             log.warning("run %s: %s", self.run.card.run_id, text)
@@ -205,10 +211,25 @@ class Lane:
                 parent.mlflow_run_id = found.tags.get(PARENT_TAG)
             card.mlflow_run_id, card.experiment_id = found.run_id, found.experiment_id
             card.run_name = found.run_name
+            card.held += [text for text in held_texts(found.tags) if text not in card.held]
+            self._pass_over_synced(found)
             card.state = next_state(card.state, RunEvent.CREATED)
             self.run.save_card()
         log.info("run %s is MLflow run %s", card.run_id, found.run_id)
         self._on_news()
+
+    def _pass_over_synced(self, found: RunInfo) -> None:
+        """What a sync has brought of this spool, while the daemon could not, is not sent again."""
+        synced = Progress.read(found.tags, self._to.node)
+        if not synced.seen or not synced.is_whole:
+            return  # what is passed over brings no artifact
+        mark = Watermark(**vars(self.run.mark))
+        seen = Sequences(mark.sequences)
+        for session, next_seq in synced.sessions().items():
+            seen.add(session, 0, next_seq)
+        mark.sequences = seen.save()
+        mark.last_record_ms = max(mark.last_record_ms, synced.last_record_ms)
+        self.run.settle(mark)
 
     def _ranks_alive(self) -> bool:
         with self.run.lock:

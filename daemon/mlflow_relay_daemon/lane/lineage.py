@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mlflow_relay_daemon.lane.destination import RESUMED_BY_TAG, RUN_ID_TAG
+from mlflow_relay_daemon.lane.destination import RESUMED_BY_TAG, RUN_ID_TAG, SOURCE_TAG
 from mlflow_relay_daemon.sinks import RunGone, RunInfo, Sink
 from mlflow_relay_daemon.spool.card import Card
 
@@ -65,7 +65,8 @@ class Resolver:
         if found is not None:
             return found
         experiments = self._sink.experiment_ids()
-        for tag, value in ((RUN_ID_TAG, asked), (RESUMED_BY_TAG + asked, "True")):
+        tags = ((RUN_ID_TAG, asked), (RESUMED_BY_TAG + asked, "True"), (SOURCE_TAG, asked))
+        for tag, value in tags:
             runs = self._sink.find_runs(experiments, tag, value)
             active = [run for run in runs if run.lifecycle_stage == "active"]
             if active or runs:

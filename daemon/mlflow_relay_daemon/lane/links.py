@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 
 from mlflow_relay_daemon.batch import Entry, Objection
-from mlflow_relay_daemon.dead_letters import DeadLetters
+from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lineage import (
     FORKED_FROM_TAG,
@@ -26,7 +26,7 @@ from mlflow_relay_daemon.lane.lineage import (
     WAITS_FOR_TAG,
     Resolver,
 )
-from mlflow_relay_daemon.lane.translation import ORIGINAL_TAG, Translation
+from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.sinks import Param, Refused, RunInfo, Tag
 from mlflow_relay_daemon.spool.card import Link
 
@@ -53,7 +53,7 @@ class Links:
         resolver: Resolver,
         translation: Translation,
         names: LineageParams,
-        letters: DeadLetters,
+        letters: Letters,
     ) -> None:
         self._to, self._resolver = destination, resolver
         self._translation, self._names, self._letters = translation, names, letters
@@ -159,13 +159,14 @@ class Links:
         """Deliver texts whose id can be translated by now; what is refused is a dead letter."""
         left = []
         for kind, key, value in self._to.card.held:
-            translated = self._translation.of(value)
+            translated = self._translation.of(value, key)
             if translated is None:
                 left.append([kind, key, value])
                 continue
             is_taken = self._release(kind, key, translated)
-            if is_taken and translated != value:
-                self._release("tag", ORIGINAL_TAG + key, value)
+            original = self._translation.original_tag(key)
+            if is_taken and translated != value and original is not None:
+                self._release("tag", original, value)
         if len(left) < len(self._to.card.held):
             self._to.card.held = left
             self._save()

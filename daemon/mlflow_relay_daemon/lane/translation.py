@@ -30,9 +30,14 @@ class Translation:
         """Return whether any value could be an id."""
         return any(len(value) == 32 and _ID.fullmatch(value) for value in items.values())
 
-    def of(self, value: str) -> str | None:
+    def original_tag(self, key: str) -> str | None:
+        """Return the tag that keeps the value which was translated; None: it is kept elsewhere."""
+        return ORIGINAL_TAG + key
+
+    def of(self, value: str, key: str) -> str | None:
         """Return what MLflow is to get for a value; None: it must wait for a run to be known.
 
+        Args:    key: of the tag or param; here it does not matter.
         Raises: SinkError, Stopped.
         """
         if not _ID.fullmatch(value):

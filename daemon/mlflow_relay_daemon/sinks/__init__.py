@@ -102,6 +102,19 @@ class RunInfo:
     artifact_uri: str = ""  #: where its files go
 
 
+@dataclass(frozen=True, slots=True)
+class DatasetInput:
+    """A dataset that a run has used."""
+
+    name: str
+    digest: str
+    source_type: str
+    source: str
+    schema: str  #: "" where there is none
+    profile: str
+    tags: tuple[Tag, ...]  #: of its use by this run, such as mlflow.data.context
+
+
 class Sink(Protocol):
     """One MLflow server or store. Every method may raise any `SinkError`."""
 
@@ -155,6 +168,10 @@ class Sink(Protocol):
         NaN and infinities are values like others. Values must be of the types given above: the
         server answers 200 and drops what follows a wrong one.
         """
+        ...
+
+    def log_inputs(self, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+        """Tell which datasets a run has used; idempotent."""
         ...
 
     def update_run(

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from mlflow_relay_daemon.sinks import Metric, Param, Refused, RunInfo, Tag
+from mlflow_relay_daemon.sinks import DatasetInput, Metric, Param, Refused, RunInfo, Tag
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1  # timestamps and steps are int64 in MLflow's protobuf
 RUN_STATUSES = frozenset({"RUNNING", "SCHEDULED", "FINISHED", "FAILED", "KILLED"})
@@ -51,6 +51,25 @@ def log_batch_body(
             "tags": _entries(tags),
         }
     )
+
+
+def log_inputs_body(run_id: str, inputs: Sequence[DatasetInput]) -> bytes:
+    """Return the body of runs/log-inputs."""
+    datasets = []
+    for each in inputs:
+        texts = {
+            "name": each.name,
+            "digest": each.digest,
+            "source_type": each.source_type,
+            "source": each.source,
+            "schema": each.schema,
+            "profile": each.profile,
+        }
+        _check_types("dataset", tuple(texts.values()), {str})
+        _check_texts("dataset tags", each.tags)
+        dataset = {name: text for name, text in texts.items() if text}
+        datasets.append({"tags": _entries(each.tags), "dataset": dataset})
+    return _dumps({"run_id": run_id, "datasets": datasets})
 
 
 def create_experiment_body(name: str) -> bytes:

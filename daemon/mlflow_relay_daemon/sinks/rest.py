@@ -12,12 +12,21 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from mlflow_relay_daemon.sinks import Metric, Param, RunGone, RunInfo, ServerAway, Tag
+from mlflow_relay_daemon.sinks import (
+    DatasetInput,
+    Metric,
+    Param,
+    RunGone,
+    RunInfo,
+    ServerAway,
+    Tag,
+)
 from mlflow_relay_daemon.sinks.answers import answer_object
 from mlflow_relay_daemon.sinks.bodies import (
     create_experiment_body,
     create_run_body,
     log_batch_body,
+    log_inputs_body,
     oldest_first,
     run_id_body,
     run_info,
@@ -151,6 +160,11 @@ class RestSink:
         """Store at most 1000 entities (1000 metrics, 100 params, 100 tags); idempotent."""
         body = log_batch_body(run_id, metrics, params, tags)
         self._call(f"log_batch to run {run_id}", "POST", "/runs/log-batch", body)
+
+    def log_inputs(self, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+        """Tell which datasets a run has used; idempotent."""
+        body = log_inputs_body(run_id, inputs)
+        self._call(f"log inputs of run {run_id}", "POST", "/runs/log-inputs", body)
 
     def update_run(
         self,

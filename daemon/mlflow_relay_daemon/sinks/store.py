@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from mlflow_relay_daemon.sinks import (
+    DatasetInput,
     Metric,
     Param,
     RunGone,
@@ -142,6 +143,29 @@ class StoreSink:
         self._ask(
             f"log_batch to run {run_id}",
             lambda store: store.log_batch(run_id, metric_list, param_list, tag_list),
+        )
+
+    def log_inputs(self, run_id: str, inputs: Sequence[DatasetInput]) -> None:
+        """Tell which datasets a run has used; idempotent."""
+        from mlflow import entities
+
+        datasets = [
+            entities.DatasetInput(
+                entities.Dataset(
+                    each.name,
+                    each.digest,
+                    each.source_type,
+                    each.source,
+                    each.schema or None,
+                    each.profile or None,
+                ),
+                [entities.InputTag(key, value) for key, value in each.tags],
+            )
+            for each in inputs
+        ]
+        self._ask(
+            f"log inputs of run {run_id}",
+            lambda store: store.log_inputs(run_id, datasets),
         )
 
     def update_run(

@@ -53,7 +53,8 @@ class Ledger:
 
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk, self._path = disk, folder / NAME
-        self._lock = threading.Lock()
+        self._writing = threading.Lock()  # held while the disk writes; taken before the other
+        self._lock = threading.Lock()  # guards what follows, for those who only look
         self._name_is_synced = False
         self._lines = 0
         self.waiting: dict[int, Artifact] = {}  #: by number, oldest first
@@ -62,35 +63,30 @@ class Ledger:
         self.staged_bytes = 0  #: of those that wait, what is not the user's own file
         self.refused: dict[str, Artifact] = {}  #: by id: their files are kept, with a dead letter
         self.next_number = 0
-        self._latest: dict[str, int] = {}  # path → number, of those that wait
+        self._latest: dict[str, int] = {}  # path → number of the last that was accepted
         self._ids: set[str] = set()
         self._read()
 
     def accept(self, artifacts: Iterable[Artifact]) -> None:
         """Take artifacts in; they are on the disk when this returns. One that is known already (a
         batch is delivered anew after a crash) is passed over. Raises: OSError."""
-        with self._lock:
+        with self._writing:
             new = {each.id: each for each in artifacts if each.id not in self._ids}
-            if not new:
-                return
-            numbered = list(enumerate(new.values(), self.next_number))
-            self._append([_accepted(number, artifact) for number, artifact in numbered])
-            for number, artifact in numbered:
-                self._take_in(number, artifact)
+            self._accept(list(new.values()))
 
     def settle(self, ends: Iterable[End]) -> list[tuple[str, Artifact]]:
         """Artifacts are done with; that is on the disk when this returns.
 
         Returns: how each ended, and the artifact. Raises: OSError.
         """
-        with self._lock:
+        with self._writing:
             known = [end for end in ends if end.number in self.waiting]
-            if known:
-                self._append([_ended(end) for end in known])
-            return [(end.how, self._take_out(end.number, end.how)) for end in known]
+            self._append([_ended(end) for end in known])
+            with self._lock:
+                return [(end.how, self._take_out(end.number, end.how)) for end in known]
 
     def is_replaced(self, number: int) -> bool:
-        """Return whether a later artifact of the same name waits."""
+        """Return whether a later artifact of the same name has come."""
         with self._lock:
             artifact = self.waiting.get(number)
             return artifact is not None and self._latest[artifact.path] != number
@@ -113,22 +109,18 @@ class Ledger:
     def try_again(self, ids: Iterable[str]) -> int:
         """Let refused ones wait again, as the latest of their names; return how many. Raises:
         OSError."""
-        with self._lock:
+        with self._writing:
             chosen = [self.refused[each] for each in ids if each in self.refused]
-            numbered = list(enumerate(chosen, self.next_number))
-            if chosen:
-                self._append([_accepted(number, artifact) for number, artifact in numbered])
-            for number, artifact in numbered:
-                self._take_in(number, artifact)
+            self._accept(chosen)
             return len(chosen)
 
     def forget(self, ids: Iterable[str]) -> list[Artifact]:
         """Forget refused ones; return them, for their files. Raises: OSError."""
-        with self._lock:
+        with self._writing:
             chosen = [each for each in ids if each in self.refused]
-            if chosen:
-                self._append([{"forgotten": each} for each in chosen])
-            return [self.refused.pop(each) for each in chosen]
+            self._append([{"forgotten": each} for each in chosen])
+            with self._lock:
+                return [self.refused.pop(each) for each in chosen]
 
     def status(self) -> dict[str, Any]:
         """Return what status shows, named by COUNTS."""
@@ -147,6 +139,13 @@ class Ledger:
 
     # ── the file ──
 
+    def _accept(self, artifacts: list[Artifact]) -> None:
+        numbered = list(enumerate(artifacts, self.next_number))
+        self._append([_accepted(number, artifact) for number, artifact in numbered])
+        with self._lock:
+            for number, artifact in numbered:
+                self._take_in(number, artifact)
+
     def _take_in(self, number: int, artifact: Artifact) -> None:
         self.waiting[number] = artifact
         self._latest[artifact.path] = number
@@ -157,8 +156,6 @@ class Ledger:
 
     def _take_out(self, number: int, how: str) -> Artifact:
         artifact = self.waiting.pop(number)
-        if self._latest.get(artifact.path) == number:
-            del self._latest[artifact.path]
         self.counts[how] += 1
         self._count_bytes(artifact, -1)
         if how == REFUSED:
@@ -175,7 +172,7 @@ class Ledger:
     def compact(self) -> None:
         """Put one line in the place of all, if all are done with: no segment is left from which a
         record could come again. Raises: OSError."""
-        with self._lock:
+        with self._writing:
             if self.waiting or self.refused or self._lines < COMPACT_LINES_MIN:
                 return
             line = {
@@ -185,9 +182,12 @@ class Ledger:
             }
             self._disk.replace(self._path, json.dumps(line).encode() + b"\n", durable=True)
             self._ids.clear()
+            self._latest.clear()
             self._lines = 1
 
     def _append(self, lines: list[dict[str, Any]]) -> None:
+        if not lines:
+            return
         data = b"\n" + b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         fd = self._disk.open(self._path) if self._path.exists() else self._disk.create(self._path)
         with open(fd, "ab", buffering=0, closefd=True):

@@ -19,6 +19,7 @@ from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.transcript import Transcripts
 from mlflow_relay_daemon.spool.watermark import Watermark
+from mlflow_relay_daemon.states import RunState
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class RunSpool:
             number: segment.path_of(folder, number).stat().st_size
             for number in segment.numbers_in(folder)
         }
+        for number in self._ends:
+            self._start_of(number)  # a segment of a later release is met now, and not by a lane
         self.mark = self._read_mark()
         self.accepted_records = self.mark.settled_records
         self.sequences = Sequences(self.mark.sequences)
@@ -129,10 +132,11 @@ class RunSpool:
         self.accepted_records += header.records
         self.sequences.add(header.session, header.first_seq, header.next_seq)
 
-    def return_space(self) -> None:
+    def return_space(self, *, is_needed: bool = False) -> None:
         """If all is delivered, let go of the segments: of all if the run has ended, else of those
         before a new one.
 
+        Args:   is_needed: also where it is little; nothing more may come that would make it much.
         Raises: OSError: no space for the head of a new one.
         Crash: safe at any line: nothing in these segments is wanted any more.
         """
@@ -142,11 +146,13 @@ class RunSpool:
             if not self._ends or not self.is_drained():
                 return
             newest = max(self._ends)
+            # A new segment has a head, too: below that there is nothing to gain.
+            worth_bytes = self._start_of(newest) if is_needed else RETURN_BYTES_MIN
             mark = Watermark(**vars(self.mark))
             mark.segment, mark.offset, mark.skip = newest, self._ends[newest], 0
             if self.card.is_over:
                 self._close_writer()
-            elif self._ends[newest] - self._start_of(newest) >= RETURN_BYTES_MIN:
+            elif self._ends[newest] - self._start_of(newest) >= worth_bytes:
                 self._close_writer()
                 writer = self._begin_segment()
                 mark.segment, mark.offset = writer.number, writer.start
@@ -303,6 +309,10 @@ class RunSpool:
             # Frames that were written and not synced are about to be acknowledged.
             self._disk.sync(fd)
         self.accepted_records = max(self.accepted_records, self.mark.settled_records)
+        if self.card.state is not RunState.ENDED:  # then it is counted, and the segments are gone
+            for name, session in self.card.sessions.items():
+                # What was acknowledged, and is cut off the newest segment: it will not come again.
+                self.sequences.give_up(bytes.fromhex(name), session.next_seq)
 
     # ── files ──
 

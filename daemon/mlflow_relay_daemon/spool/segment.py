@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     start: int
     end: int
     header: frames.Header | None  #: None: nothing can be read from start to end
-    records: list[bytes | None]  #: None: damaged
+    records: list[Any]  #: bytes as they were spooled, None: damaged; of other stores: records
     whole: bool  #: the frame's CRC holds
 
 

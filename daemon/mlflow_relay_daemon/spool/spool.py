@@ -193,7 +193,7 @@ class Spool:
         except VersionError:
             raise
         except (FormatError, FileNotFoundError) as error:
-            card = _card_in_segments(folder)
+            card = card_in_segments(folder)
             if card is None:
                 raise FormatError(str(error)) from error
             if (folder / cards.NAME).exists():
@@ -202,7 +202,7 @@ class Spool:
             return card
 
 
-def _card_in_segments(folder: Path) -> Card | None:
+def card_in_segments(folder: Path) -> Card | None:
     """Return the card as it was when the newest readable segment was begun."""
     for number in reversed(segment.numbers_in(folder)):
         fd = os.open(segment.path_of(folder, number), os.O_RDONLY | os.O_CLOEXEC)

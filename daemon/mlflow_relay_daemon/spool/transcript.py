@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,7 +159,7 @@ class Transcripts:
             if found:
                 self._of(int(found[1]))
 
-    def add(self, printed: Iterable[Printed]) -> None:
+    def add(self, printed: Sequence[Printed]) -> None:
         """Take in what was printed; it is on the disk when this returns. Raises: OSError."""
         by_rank: dict[int, list[Printed]] = {}
         for each in printed:
