@@ -215,7 +215,7 @@ def test_a_wrong_argument_of_the_start_raises_and_is_named(start, options, named
 def test_a_value_for_reduction_has_its_plain_key_whatever_ranks_log_otherwise(daemon, start, mode):
     run = start(run_key=new_key(), rank=1, world_size=2, rank_metrics=mode)
     run.log_metrics({"loss": np.float32(0.5), "lr": 1}, step=3, reduce="mean")
-    run.end()
+    daemon.wait_for_records(1)
     (record,) = [each for each in daemon.records() if isinstance(each, Reduce)]
     assert (record.how, record.step, record.keys) == ("mean", 3, ["loss", "lr"])
     assert record.values == (0.5, 1.0)
