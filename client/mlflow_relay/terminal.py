@@ -89,7 +89,9 @@ class Capture:
         #: Who takes it out has the end of all this: `stop`, or the thread. No lock: `stop` may be
         #: called by a signal handler, in the middle of another.
         self._end = [True]
-        heard, self._say_fd = _open_pipe()
+        # The reading end is the helper's. Kept open here, too: to write to a pipe that nobody
+        # reads would be a SIGPIPE.
+        self._heard_fd, self._say_fd = _open_pipe()
         self._hear_fd, said = _open_pipe()
         try:
             os.set_blocking(self._say_fd, False)
@@ -98,12 +100,11 @@ class Capture:
             self._channels = list(_open_channels())
             if not self._channels:
                 raise OSError("neither stdout nor stderr is open")
-            starter = _start_helper((heard, said), self._channels)
+            starter = _start_helper((self._heard_fd, said), self._channels)
         except OSError:
             self._close()
             raise
         finally:
-            os.close(heard)
             os.close(said)
         _flush_python()
         for channel in self._channels:
@@ -117,15 +118,14 @@ class Capture:
     def stop(self) -> None:
         """Put the descriptors back; all that was printed has been copied, if that takes no longer
         than a second. A second call does nothing."""
-        if self._end:
+        if self._end and self._end.pop():
+            _forget(self)
             _flush_python()
             _flush_c()
             self._sync()
             self._put_back()
-            self._sync()  # what other threads have printed meanwhile
-        if self._end and self._end.pop():
-            _forget(self)
             os.close(self._say_fd)  # the helper hears it and closes its end; then the thread ends
+            os.close(self._heard_fd)
             self._close_channels()
 
     def leave_to_parent(self) -> None:
@@ -135,10 +135,8 @@ class Capture:
             self._close()
 
     def _sync(self) -> None:
-        self._synced.clear()
-        with suppress(OSError):  # the helper is gone; the thread sees to it
-            os.write(self._say_fd, SYNC)
-            self._synced.wait(SYNC_TIMEOUT_S)
+        os.write(self._say_fd, SYNC)
+        self._synced.wait(SYNC_TIMEOUT_S)  # set for good when the helper has gone
 
     def _put_back(self) -> None:
         for channel in self._channels:
@@ -146,8 +144,8 @@ class Capture:
                 os.dup2(channel.original, fd)
 
     def _close(self) -> None:
-        os.close(self._say_fd)
-        os.close(self._hear_fd)
+        for fd in (self._say_fd, self._heard_fd, self._hear_fd):
+            os.close(fd)
         self._close_channels()
 
     def _close_channels(self) -> None:
@@ -171,6 +169,7 @@ class Capture:
             log.warning("terminal output is no longer kept: the process that did so was killed")
             self._copy_rest()
             os.close(self._say_fd)
+            os.close(self._heard_fd)
             self._close_channels()
 
     def _copy_rest(self) -> None:

@@ -53,8 +53,9 @@ SEARCH_CPU = """(() => {
     field.dispatchEvent(new Event('input', {bubbles: true}));
 })()"""
 
-CURVES_IN_SIGHT = """[...document.querySelectorAll('.js-plotly-plot .scatterlayer .js-line')]
-    .filter(line => line.getBoundingClientRect().bottom < innerHeight).length"""
+CURVES_IN_SIGHT = """(plots => plots.length - plots.filter(plot =>
+    !plot.querySelector('.js-line') || plot.getBoundingClientRect().top > innerHeight
+).length * 9)([...document.querySelectorAll('.js-plotly-plot')])"""
 
 SCRIPT = """
     run = mlflow_relay.start_run("node metrics", run_key=sys.argv[1])
