@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test unproven lint types bench torture clean
+.PHONY: help demo test lint types bench torture clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,9 +22,6 @@ demo: $(VENV)/.has-demo  ## the whole story on this machine, with an embedded ML
 
 test: $(VENV)/.has-test  ## the tests
 	@$(BIN)/python -m pytest $(ARGS)
-
-unproven: $(VENV)/.has-test  ## tests that are not yet part of `make test` (tests/conftest.py)
-	@$(BIN)/python -m pytest -m unproven $(ARGS)
 
 lint: $(VENV)/.has-dev  ## ruff: rules and format
 	@$(BIN)/ruff check . $(ARGS)

@@ -9,20 +9,8 @@ import pytest
 
 from tests.support import MlflowServer, TcpProxy
 
-#: Written together with the code that they test, and not yet seen green from end to end since the
-#: last changes: they are run by `make unproven`, and move into `make test` file by file. An entry
-#: here is a debt, not a verdict.
-UNPROVEN = ("e2e/test_disk.py",)
-
-
 #: Tests run in pytest's own process, whose output is pytest's.
 os.environ["MLFLOW_RELAY_TERMINAL"] = "none"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.as_posix().endswith(UNPROVEN):
-            item.add_marker("unproven")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from mlflow_relay import records
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import RECORD_BYTES_MAX
 from mlflow_relay.records import (
@@ -367,6 +368,34 @@ def test_a_damaged_record_is_a_record_of_the_right_types_or_a_format_error(sampl
     for at in range(len(sample)):
         for value in range(256):
             unpack_or_refuse(sample[:at] + bytes((value,)) + sample[at + 1 :])
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_what_keys_that_were_met_before_stand_in_is_read_as_if_they_were_new(sample):
+    def read(data: bytes) -> tuple[type, Any]:
+        try:
+            record = unpack_record(data)
+        except FormatError as error:
+            return FormatError, str(error)
+        return type(record), [
+            list(field) if isinstance(field, tuple) else field for field in record
+        ]
+
+    for at in range(len(sample)):
+        for value in (0, 1, 0x7F, 0x80, 0xC4, 0xD3, 0xFF, sample[at] ^ 1):
+            data = sample[:at] + bytes((value,)) + sample[at + 1 :]
+            records._known_keys.clear()
+            expected = read(data)
+            unpack_record(sample)
+
+            assert repr(read(data)) == repr(expected)  # repr: NaN is no NaN
+
+
+def test_keys_made_up_at_every_call_do_not_fill_the_reader_s_memory():
+    packer = MetricsPacker()
+    for index in range(3 * records._LAYOUTS_MAX):
+        assert unpack_record(packer.pack({f"key_{index}": 1.0}, index, NOW_MS)).steps == [index]  # type: ignore[union-attr]
+    assert len(records._known_keys) <= records._LAYOUTS_MAX
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)

@@ -476,7 +476,10 @@ def test_of_frames_that_do_not_fit_together_those_that_fit_are_taken(daemon, pee
     assert peer.hear_ack() == 5
     daemon.spool.bytes_max = daemon.spool.segment_bytes() + len(frame_of_metrics(5, 5)[1]) + 50
     name = daemon.intake.sessions[SESSION].peer
-    group = [[name, DATA, frame_of_metrics(first, 5)[1]] for first in (5, 10, 15)]
+    group = [
+        [zmq.Frame(part) for part in (name, DATA, frame_of_metrics(first, 5)[1])]
+        for first in (5, 10, 15)
+    ]
     for _ in range(2):  # together they do not fit; then one by one
         daemon.intake._serve(group)
 

@@ -48,6 +48,8 @@ FULL_BATCH_BYTES = 64 << 10
 REST_WAIT_S = 0.25
 #: A create that was given up long ago may still come to the server: look for it after this time.
 LATE_LOOK_S = 60.0
+#: After so long without a delivery a sync may have brought what waits here.
+SYNC_LOOK_AFTER_S = 60.0
 #: How long a run waits while its dead letters or its card cannot be written.
 DISK_RETRY_S = 5.0
 
@@ -79,6 +81,7 @@ class Lane:
         self._failures = 0
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
+        self._delivered_s = float("-inf")
         self._rng = random.Random()
         self._on_news, self._on_full = on_news, on_full
         self._to = destination
@@ -156,7 +159,9 @@ class Lane:
                 self._ending.take_back()
         if self._links.tell():
             self._on_news()
+        self._look_for_sync()
         if self._batches.deliver_next(self._failures):
+            self._delivered_s = time.monotonic()
             waiting = self.run.waiting_bytes()
             # A rest that fills no request waits for more, as a first record does.
             return REST_WAIT_S if 0 < waiting < FULL_BATCH_BYTES and self._ranks_alive() else 0.0
@@ -218,8 +223,17 @@ class Lane:
         log.info("run %s is MLflow run %s", card.run_id, found.run_id)
         self._on_news()
 
+    def _look_for_sync(self) -> None:
+        """Somebody may have synced the spool while the server was away from here."""
+        now_s = time.monotonic()
+        is_backlog = self.run.waiting_bytes() >= FULL_BATCH_BYTES
+        if is_backlog and now_s - self._delivered_s >= SYNC_LOOK_AFTER_S:
+            to = self._to
+            self._pass_over_synced(to.ask(lambda: to.sink.get_run(to.mlflow_run_id)))
+
     def _pass_over_synced(self, found: RunInfo) -> None:
         """What a sync has brought of this spool, while the daemon could not, is not sent again."""
+        self._delivered_s = time.monotonic()
         synced = Progress.read(found.tags, self._to.node)
         if not synced.seen or not synced.is_whole:
             return  # what is passed over brings no artifact
