@@ -234,6 +234,7 @@ class Watcher:
             raise
         except FormatError as error:
             log.error("the journal of session %s: %s", session.hex(), error)
+            watched.next_seq = watched.lost = 0  # not to be trusted either
             return known
         # What was acknowledged before is in a spool, though perhaps not in this one. What is in the
         # files is taken all the same: it does no harm twice, and a counter may be damaged.

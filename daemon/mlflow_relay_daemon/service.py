@@ -34,6 +34,7 @@ from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
+from mlflow_relay_daemon.words import plural
 
 if TYPE_CHECKING:
     from mlflow_relay_daemon.artifacts.uploads import Uploads
@@ -145,10 +146,10 @@ class Service:
         files = sum(len(each.run.artifacts.waiting) for each in hosted)
         if left or files:
             log.warning(
-                "%d records and %d artifacts are not in MLflow yet; they are kept in %s and "
-                "delivered at the next start",
+                "%d records%s are not in MLflow yet; they are kept in %s and delivered at the next "
+                "start",
                 left,
-                files,
+                f" and {plural(files, 'artifact')}" if files else "",
                 self._config.spool,
             )
         return DONE if not (left or files) or self._config.offline else DEGRADED
