@@ -59,7 +59,7 @@ _METRICS_HEAD = bytes((0x95, METRICS, _INT64))
 _LAYOUTS_MAX = 1024  # key sets kept; a program that makes up keys at each call must not grow
 _KEYS_AT = 20  # in a record of MetricsPacker: behind head, time, and step with its mark
 #: Layouts by `_keys_place`, as `unpack_record` has met them.
-_known_keys: dict[tuple[int, bytes], tuple[struct.Struct, bytes, list[str]]] = {}
+_known_keys: dict[tuple[int, bytes], tuple[struct.Struct, bytes, Sequence[str]]] = {}
 _STEP_MIN, _STEP_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -242,36 +242,42 @@ def unpack_record(record: bytes) -> Record:
     if metrics is not None:
         return metrics
     try:
-        match msgpack.unpackb(record):
-            case [kind, timestamp_ms, steps, [*keys], bytes(packed)] if kind == METRICS:
-                values = struct.unpack(f">{len(packed) // 8}d", packed)
-                step_list = [steps] * len(keys) if type(steps) is int else steps
-                _check_kind_and_time(kind, timestamp_ms)
-                _check_metrics(keys, values, step_list)
-                _remember_keys(record, keys)
-                return Metrics(timestamp_ms, step_list, keys, values)
-            case [kind, timestamp_ms, {**items}] if kind in (PARAMS, TAGS):
-                _check_kind_and_time(kind, timestamp_ms)
-                return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
-            case [kind, timestamp_ms, str(status), str(reason)] if kind == END:
-                _check_kind_and_time(kind, timestamp_ms)
-                if status not in END_STATUSES:
-                    raise FormatError(f"a run cannot end {status!r}")
-                return End(timestamp_ms, status, reason)
-            case [kind, timestamp_ms, *rest] if kind == ARTIFACT and len(rest) == 7:
-                _check_kind_and_time(kind, timestamp_ms)
-                return _checked_artifact(Artifact(timestamp_ms, *rest))
-            case [kind, timestamp_ms, *rest] if (kind, len(rest)) in ((REDUCE, 4), (COMBINED, 7)):
-                _check_kind_and_time(kind, timestamp_ms)
-                points = (Reduce if kind == REDUCE else Combined)(timestamp_ms, *rest)
-                return _checked_points(points)
-            case [kind, timestamp_ms, bytes(data)] if kind == TERMINAL:
-                _check_kind_and_time(kind, timestamp_ms)
-                return Terminal(timestamp_ms, data)
+        found = _record_of(msgpack.unpackb(record))
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
         raise FormatError(f"not a record: {error}") from error
+    if isinstance(found, Metrics):
+        _remember_keys(record, found.keys)
+    return found
+
+
+def _record_of(fields: Any) -> Record:
+    match fields:
+        case [kind, timestamp_ms, *rest]:
+            _check_kind_and_time(kind, timestamp_ms)
+        case _:
+            raise FormatError("not a record: no kind and time")
+    match rest:
+        case [steps, [*keys], bytes(packed)] if kind == METRICS:
+            values = struct.unpack(f">{len(packed) // 8}d", packed)
+            step_list = [steps] * len(keys) if type(steps) is int else steps
+            _check_metrics(keys, values, step_list)
+            return Metrics(timestamp_ms, step_list, keys, values)
+        case [{**items}] if kind in (PARAMS, TAGS):
+            return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
+        case [str(status), str(reason)] if kind == END:
+            if status not in END_STATUSES:
+                raise FormatError(f"a run cannot end {status!r}")
+            return End(timestamp_ms, status, reason)
+        case [_, _, _, _, _, _, _] if kind == ARTIFACT:
+            return _checked_artifact(Artifact(timestamp_ms, *rest))
+        case [_, _, _, _] if kind == REDUCE:
+            return _checked_points(Reduce(timestamp_ms, *rest))
+        case [_, _, _, _, _, _, _] if kind == COMBINED:
+            return _checked_points(Combined(timestamp_ms, *rest))
+        case [bytes(data)] if kind == TERMINAL:
+            return Terminal(timestamp_ms, data)
     raise FormatError("a record of a kind that this release does not know")
 
 
@@ -291,7 +297,7 @@ def _metrics_of_known_keys(record: bytes) -> Metrics | None:
     return Metrics(timestamp_ms, [step] * len(keys), keys, values)
 
 
-def _remember_keys(record: bytes, keys: list[str]) -> None:
+def _remember_keys(record: bytes, keys: Sequence[str]) -> None:
     """Keep what is between step and values of a record that was checked, if it is the packer's."""
     if record[:3] != _METRICS_HEAD or record[11] != _INT64:
         return
