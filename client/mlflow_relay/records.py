@@ -7,6 +7,9 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     TAGS     [3, t, {key: value}]
     END      [4, t, status, reason]
     ARTIFACT [5, t, path, id, where, file, size, modified in ns, digest]
+    REDUCE   [6, t, step, how, [key, ...], values]          one rank's; the daemon makes a point
+    COMBINED [7, t, step, how, suffix, [key, ...], values, missing, born]   the daemon's point
+    TERMINAL [8, t, bytes]                                  what a rank has printed
 
 The hot one, METRICS, is written by `struct` alone: all but time, step and values is the same from
 call to call and is kept, and packing a float64 checks and converts every kind of number (Python's,
@@ -26,7 +29,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END, ARTIFACT = 1, 2, 3, 4, 5
+METRICS, PARAMS, TAGS, END, ARTIFACT, REDUCE, COMBINED, TERMINAL = 1, 2, 3, 4, 5, 6, 7, 8
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -36,12 +39,16 @@ TEXT_CHARS_PER_RECORD_MAX = RECORD_BYTES_MAX // 8
 #: A key is for people to read; MLflow takes 250 characters, and says so in a dead letter.
 KEY_CHARS_MAX = 1000
 
+TERMINAL_BYTES_MAX = 1 << 18  # what was printed within a moment; more becomes several records
 NAME_BYTES_MAX = 255  # of a file on Linux
 ARTIFACT_PATH_BYTES_MAX = 800  # an object's key in S3 has 1024, the run's own part among them
 
 #: Where an artifact's bytes lie: in a file of ours that nobody else writes to; in one that is a
 #: hard link to the user's; in the user's own file.
 COPY, LINK, PLACE = "copy", "link", "place"
+
+#: How values of several ranks become one.
+REDUCTIONS = ("mean", "sum", "min", "max")
 
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -52,7 +59,7 @@ _METRICS_HEAD = bytes((0x95, METRICS, _INT64))
 _LAYOUTS_MAX = 1024  # key sets kept; a program that makes up keys at each call must not grow
 _KEYS_AT = 20  # in a record of MetricsPacker: behind head, time, and step with its mark
 #: Layouts by `_keys_place`, as `unpack_record` has met them.
-_known_keys: dict[tuple[int, bytes], tuple[struct.Struct, bytes, list[str]]] = {}
+_known_keys: dict[tuple[int, bytes], tuple[struct.Struct, bytes, Sequence[str]]] = {}
 _STEP_MIN, _STEP_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -96,7 +103,37 @@ class Artifact(NamedTuple):
     digest: bytes  #: of samples: see fingerprint.sample_digest
 
 
-Record = Metrics | Params | Tags | End | Artifact
+class Reduce(NamedTuple):
+    """Values of one rank, of which the daemon makes points together with those of other ranks."""
+
+    timestamp_ms: int
+    step: int
+    how: str  #: one of REDUCTIONS
+    keys: Sequence[str]
+    values: Sequence[float]
+
+
+class Combined(NamedTuple):
+    """Points that a daemon has made; only a daemon writes it, into its spool."""
+
+    timestamp_ms: int
+    step: int
+    how: str
+    suffix: str  #: behind each key, in MLflow
+    keys: Sequence[str]
+    values: Sequence[float]
+    missing: int  #: ranks that owe each of these points a value
+    born_ms: int  #: when the session of the youngest rank in it began
+
+
+class Terminal(NamedTuple):
+    """What a rank has printed, as it came."""
+
+    timestamp_ms: int
+    data: bytes
+
+
+Record = Metrics | Params | Tags | End | Artifact | Reduce | Combined | Terminal
 
 
 class MetricsPacker:
@@ -164,6 +201,30 @@ def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
     return _packed([END, timestamp_ms, status, reason])
 
 
+def pack_reduce(how: str, metrics: Mapping[str, Any], step: Any, timestamp_ms: int) -> bytes:
+    """Return the record of values that are to be combined with those of other ranks.
+
+    Raises: TypeError, ValueError: a key, value, step or `how` that cannot be, by name.
+    """
+    if how not in REDUCTIONS:
+        raise ValueError(f"reduce={_short(how)}: one of {', '.join(REDUCTIONS)}")
+    keys = [check_key("metric", key) for key in metrics]
+    values = [to_float(key, value) for key, value in metrics.items()]
+    packed = struct.pack(f">{len(keys)}d", *values)
+    return _packed([REDUCE, timestamp_ms, to_step(step), how, keys, packed])
+
+
+def pack_combined(points: Combined) -> bytes:
+    """Return the record of points that a daemon has made."""
+    packed: Any = struct.pack(f">{len(points.values)}d", *points.values)
+    return _packed([COMBINED, *points._replace(values=packed)])
+
+
+def pack_terminal(data: bytes, timestamp_ms: int) -> bytes:
+    """Return the record of what was printed, at most TERMINAL_BYTES_MAX."""
+    return _packed([TERMINAL, timestamp_ms, data])
+
+
 def pack_artifact(artifact: Artifact) -> bytes:
     """Return the record of an artifact; its path must have passed `check_artifact_path`."""
     return _packed([ARTIFACT, *artifact])
@@ -181,29 +242,42 @@ def unpack_record(record: bytes) -> Record:
     if metrics is not None:
         return metrics
     try:
-        match msgpack.unpackb(record):
-            case [kind, timestamp_ms, steps, [*keys], bytes(packed)] if kind == METRICS:
-                values = struct.unpack(f">{len(packed) // 8}d", packed)
-                step_list = [steps] * len(keys) if type(steps) is int else steps
-                _check_kind_and_time(kind, timestamp_ms)
-                _check_metrics(keys, values, step_list)
-                _remember_keys(record, keys)
-                return Metrics(timestamp_ms, step_list, keys, values)
-            case [kind, timestamp_ms, {**items}] if kind in (PARAMS, TAGS):
-                _check_kind_and_time(kind, timestamp_ms)
-                return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
-            case [kind, timestamp_ms, str(status), str(reason)] if kind == END:
-                _check_kind_and_time(kind, timestamp_ms)
-                if status not in END_STATUSES:
-                    raise FormatError(f"a run cannot end {status!r}")
-                return End(timestamp_ms, status, reason)
-            case [kind, timestamp_ms, *rest] if kind == ARTIFACT and len(rest) == 7:
-                _check_kind_and_time(kind, timestamp_ms)
-                return _checked_artifact(Artifact(timestamp_ms, *rest))
+        found = _record_of(msgpack.unpackb(record))
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
         raise FormatError(f"not a record: {error}") from error
+    if isinstance(found, Metrics):
+        _remember_keys(record, found.keys)
+    return found
+
+
+def _record_of(fields: Any) -> Record:
+    match fields:
+        case [kind, timestamp_ms, *rest]:
+            _check_kind_and_time(kind, timestamp_ms)
+        case _:
+            raise FormatError("not a record: no kind and time")
+    match rest:
+        case [steps, [*keys], bytes(packed)] if kind == METRICS:
+            values = struct.unpack(f">{len(packed) // 8}d", packed)
+            step_list = [steps] * len(keys) if type(steps) is int else steps
+            _check_metrics(keys, values, step_list)
+            return Metrics(timestamp_ms, step_list, keys, values)
+        case [{**items}] if kind in (PARAMS, TAGS):
+            return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
+        case [str(status), str(reason)] if kind == END:
+            if status not in END_STATUSES:
+                raise FormatError(f"a run cannot end {status!r}")
+            return End(timestamp_ms, status, reason)
+        case [_, _, _, _, _, _, _] if kind == ARTIFACT:
+            return _checked_artifact(Artifact(timestamp_ms, *rest))
+        case [_, _, _, _] if kind == REDUCE:
+            return _checked_points(Reduce(timestamp_ms, *rest))
+        case [_, _, _, _, _, _, _] if kind == COMBINED:
+            return _checked_points(Combined(timestamp_ms, *rest))
+        case [bytes(data)] if kind == TERMINAL:
+            return Terminal(timestamp_ms, data)
     raise FormatError("a record of a kind that this release does not know")
 
 
@@ -223,7 +297,7 @@ def _metrics_of_known_keys(record: bytes) -> Metrics | None:
     return Metrics(timestamp_ms, [step] * len(keys), keys, values)
 
 
-def _remember_keys(record: bytes, keys: list[str]) -> None:
+def _remember_keys(record: bytes, keys: Sequence[str]) -> None:
     """Keep what is between step and values of a record that was checked, if it is the packer's."""
     if record[:3] != _METRICS_HEAD or record[11] != _INT64:
         return
@@ -383,6 +457,22 @@ def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> 
         raise FormatError("a key that is no text, or a step that is no number")
     if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
         raise FormatError("a step beyond 64 bits")
+
+
+def _checked_points(points: Any) -> Reduce | Combined:
+    """Return a Reduce or Combined with its values unpacked."""
+    if points.how not in REDUCTIONS or type(points.values) is not bytes:
+        raise FormatError("values that are to be combined nobody knows how")
+    values = struct.unpack(f">{len(points.values) // 8}d", points.values)
+    if type(points.keys) is not list:
+        raise FormatError("keys that are no list")
+    _check_metrics(points.keys, values, [points.step] * len(points.keys))
+    checked: Reduce | Combined = points._replace(values=values)
+    if isinstance(checked, Combined):
+        numbers = (checked.missing, checked.born_ms)
+        if type(checked.suffix) is not str or set(map(type, numbers)) != {int}:
+            raise FormatError("a point with a field of a wrong type")
+    return checked
 
 
 def _checked_artifact(artifact: Artifact) -> Artifact:

@@ -24,7 +24,7 @@ from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.foreign import open_foreign, read_foreign, read_open
 from mlflow_relay_daemon.hosted import Hosted, Runs
-from mlflow_relay_daemon.spool.disk import try_lock
+from mlflow_relay_daemon.spool.disk import lock_holder, try_lock
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,12 @@ class Watcher:
             for session, watched in self._watched.items()
             if (card := hosted.run.card.sessions.get(session.hex())) and not card.closed
         )
+
+    def pid_of(self, session: bytes) -> int | None:
+        """Return the process that holds a session's journal, as this daemon sees processes; None:
+        it cannot be told (another container's)."""
+        watched = self._watched.get(session)
+        return None if watched is None else lock_holder(watched.fd) or None
 
     # ── looking ──
 

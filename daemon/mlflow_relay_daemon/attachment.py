@@ -42,6 +42,8 @@ class Attachment:
     resume: str = ""
     resume_mode: str = "child"
     fork: str = ""
+    node_rank: int | None = None  #: None: not told
+    local_world_size: int = 0  #: 0: not told
 
     def new_card(self) -> Card:
         """Return the card of a run that nothing was known of."""
@@ -69,6 +71,8 @@ class Attachment:
             primary=self.primary,
             start_ms=self.start_ms,
             first_seq=self.first_seq,
+            node_rank=self.node_rank,
+            local_world_size=self.local_world_size,
         )
 
 
@@ -80,7 +84,13 @@ def read_attachment(payload: bytes) -> Attachment:
     session = unpack_session(payload)
     if len(payload) > ATTACHMENT_BYTES_MAX:
         raise FormatError(f"an attachment of {len(payload)} bytes; at most {ATTACHMENT_BYTES_MAX}")
-    fields = {"node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
+    fields = {
+        "node_count": 0,
+        "local_world_size": 0,
+        "resume": "",
+        "resume_mode": "child",
+        "fork": "",
+    }
     fields |= unpack_map(payload)
     tags = _of_type(fields, "tags", dict)
     if len(tags) > TAGS_MAX or set(map(type, [*tags, *tags.values()])) - {str}:
@@ -106,6 +116,8 @@ def read_attachment(payload: bytes) -> Attachment:
         resume_mode=mode,
         fork=_run_id(fields, "fork", optional=True),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
+        node_rank=_whole(fields, "node_rank") if "node_rank" in fields else None,
+        local_world_size=_whole(fields, "local_world_size"),
     )
 
 

@@ -5,13 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import Artifact, End, Metrics, Params, Record, Tags
+from mlflow_relay.records import (
+    Artifact,
+    Combined,
+    End,
+    Metrics,
+    Params,
+    Record,
+    Reduce,
+    Tags,
+    Terminal,
+)
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
+from mlflow_relay_daemon.spool.transcript import Printed
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
 ARTIFACT_LETTER = "artifact"  #: kind of a dead letter that is a file
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
+PRINTED_BYTES_MAX = 4 << 20  # ours: what shares one fsync of a transcript
+GIVEN_VALUES_MAX = 50_000  # ours: for reduction, no request; what is read at once
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000
 #: MLflow cuts longer values in silence (MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH).
@@ -55,6 +68,11 @@ class Batch:
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     artifacts: list[Artifact] = field(default_factory=list)  #: for the run's ledger
+    printed: list[Printed] = field(default_factory=list)  #: for the ranks' transcripts
+    printed_bytes: int = 0
+    #: For reduction, in order: session, what it says.
+    given: list[tuple[bytes, Reduce | Combined]] = field(default_factory=list)
+    given_values: int = 0
     objections: list[Objection] = field(default_factory=list)
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
     records: int = 0
@@ -66,12 +84,16 @@ class Batch:
         metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
         if isinstance(record, Artifact):
             return len(self.artifacts) < ARTIFACTS_MAX
+        if isinstance(record, Reduce):
+            return self.given_values < GIVEN_VALUES_MAX
+        if isinstance(record, Terminal):
+            return self.printed_bytes < PRINTED_BYTES_MAX
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
             return False
         match record:
-            case Metrics():
+            case Metrics() | Combined():
                 metrics += len(record.keys)
             case Points():
                 metrics += len(record.metrics)
@@ -112,6 +134,23 @@ class Batch:
                 self.ends.append((session, record))
             case Artifact():
                 self.artifacts.append(record)
+            case Reduce() | Combined():
+                self._add_given(session, record)
+
+    def _add_given(self, session: bytes, record: Reduce | Combined) -> None:
+        self.given.append((session, record))
+        self.given_values += len(record.keys)
+        if isinstance(record, Combined):
+            time_ms, step = record.timestamp_ms, record.step
+            self.metrics += [
+                (key + record.suffix, value, time_ms, step)
+                for key, value in zip(record.keys, record.values, strict=True)
+            ]
+
+    def add_printed(self, printed: Printed) -> None:
+        """Take in what a rank has printed."""
+        self.printed.append(printed)
+        self.printed_bytes += len(printed.data)
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]
@@ -189,7 +228,7 @@ def _body_bytes(record: Record | Points) -> int:
         case Points():
             keys = sum(len(metric[0].encode()) for metric in record.metrics)
             return keys + _METRIC_OVERHEAD_BYTES * len(record.metrics)
-        case Metrics():
+        case Metrics() | Combined():
             keys = len(
                 "".join(record.keys).encode()
             )  # asked twice of each record: no loop in Python

@@ -205,6 +205,26 @@ class Config:
             flag="--http-port", least=0, most=65535, optional=True,
         ),
     )  # fmt: skip
+    node_metrics: bool = field(
+        default=True,
+        metadata=_setting("switch", "Log CPU, memory, disk, network and GPUs of this node for each "
+                          "run that has a living rank here.", flag="--node-metrics"),
+    )  # fmt: skip
+    node_metrics_interval_s: float = field(
+        default=10.0,
+        metadata=_setting("seconds", "How often that is measured.",
+                          flag="--node-metrics-interval", least=0.1, most=3600),
+    )  # fmt: skip
+    rank_process_metrics: bool = field(
+        default=False,
+        metadata=_setting("switch", "Measure the process of each rank, too.",
+                          flag="--rank-process-metrics"),
+    )  # fmt: skip
+    reduce_deadline_s: float = field(
+        default=30.0,
+        metadata=_setting("seconds", "How long a point of log_metrics(reduce=...) waits for ranks "
+                          "that are late.", flag="--reduce-deadline", least=0, most=86_400),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",

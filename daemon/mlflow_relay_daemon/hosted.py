@@ -18,6 +18,7 @@ from mlflow_relay_daemon.lane import Lane
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.spool.card import Card, SessionCard
@@ -241,6 +242,7 @@ class Runs:
                 resolver,
                 letters,
                 self._lineage_params,
+                TerminalOutput(run),
                 on_news=self._spread_news,
                 on_full=self.spool.reserve.spend,
             )

@@ -9,10 +9,13 @@ from mlflow_relay.errors import RelayError
 from mlflow_relay.paths import private_dir, share_runtime_dir
 from mlflow_relay_daemon import systemd
 from mlflow_relay_daemon.access import gid_of
+from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.exits import CommandError
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.lease import RUNTIME_LOCK
+from mlflow_relay_daemon.node_metrics import NodeMetrics
+from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
 from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
@@ -94,6 +97,17 @@ def open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:
         threads=config.artifact_uploads,
         bytes_per_s=config.artifact_bytes_per_s,
         wait_s_max=config.retry_wait_s_max,
+    )
+
+
+def open_node_metrics(config: Config, runs: Runs, watcher: Watcher) -> NodeMetrics | None:
+    if not config.node_metrics:
+        return None
+    return NodeMetrics(
+        runs,
+        OwnRecords(runs),
+        interval_s=config.node_metrics_interval_s,
+        pid_of=watcher.pid_of if config.rank_process_metrics else None,
     )
 
 

@@ -18,6 +18,7 @@ from mlflow_relay.paths import journal_dir
 from mlflow_relay_daemon import opening, systemd
 from mlflow_relay_daemon.access import Access, gid_of
 from mlflow_relay_daemon.adoption import Watcher
+from mlflow_relay_daemon.combiner import Combiner
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters, Durations
@@ -28,6 +29,7 @@ from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.lease import is_leased
 from mlflow_relay_daemon.logs import say_repeats, set_up_logging
+from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.reload import take_over
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
@@ -113,6 +115,8 @@ class Service:
         )
         self._uploads = self._runs.uploads = sink and opening.open_uploads(config, self._runs, sink)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
+        self._combiner = Combiner(self._runs, OwnRecords(self._runs), config.reduce_deadline_s)
+        self._node_metrics = opening.open_node_metrics(config, self._runs, self._watcher)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(self._runs, self.read_status, self._look, self._watcher.in_journals)
         self._intake = Intake(
@@ -238,6 +242,10 @@ class Service:
             if self._intake.bind_again():
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
+            if self._node_metrics is not None and not self._watcher.is_behind:
+                self._node_metrics.look(self._looked_s)
+            if self._delivery is not None:
+                self._combiner.look(self._looked_s)
             self._runs.return_space()
             self._runs.look_for_space()
             self._look_after_files()
@@ -257,7 +265,8 @@ class Service:
         """Return whether lanes and artifacts have nothing to do."""
         if self._delivery is None or self._uploads is None:
             return True
-        return self._delivery.is_idle() and self._uploads.is_idle()
+        is_idle = self._delivery.is_idle() and not self._combiner.is_waiting()
+        return is_idle and self._uploads.is_idle()
 
     def _stop_delivery(self) -> None:
         if self._uploads is not None:

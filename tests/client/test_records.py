@@ -431,7 +431,7 @@ def test_random_bytes_are_no_record(data):
 
 
 @given(
-    kind=st.sampled_from([1, 2, 3, 4, 5, True, 1.0]),
+    kind=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, True, 1.0]),
     time=SCALARS,
     rest=st.lists(VALUES, max_size=4),
 )
@@ -470,6 +470,16 @@ def test_a_message_that_only_looks_like_a_record_is_a_format_error(kind, time, r
         [4, NOW_MS, "FINISHED", None],
         [4, True, "FINISHED", ""],
         [5, NOW_MS, {}],
+        [6, NOW_MS, 1, "median", ["a"], bytes(8)],
+        [8, NOW_MS, "text"],
+        [8, True, b"bytes"],
+        [6, NOW_MS, 1.0, "mean", ["a"], bytes(8)],
+        [6, NOW_MS, 1, "mean", "a", bytes(8)],
+        [6, NOW_MS, 1, "mean", ["a"], [1.0]],
+        [6, NOW_MS, 1, "mean", ["a", "b"], bytes(8)],
+        [7, NOW_MS, 1, "mean", None, ["a"], bytes(8), 0, 0],
+        [7, NOW_MS, 1, "mean", "", ["a"], bytes(8), True, 0],
+        [7, NOW_MS, 1, "mean", "", ["a"], bytes(8)],
         [1],
         [],
         {},

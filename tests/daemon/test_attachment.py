@@ -18,7 +18,15 @@ WHOLE = st.integers(0, (1 << 63) - 1)
 TEXTS = st.text(max_size=30)
 RUN_IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 #: What an earlier client does not say.
-DEFAULTS = {"first_seq": 0, "node_count": 0, "resume": "", "resume_mode": "child", "fork": ""}
+DEFAULTS: dict[str, Any] = {
+    "first_seq": 0,
+    "node_count": 0,
+    "resume": "",
+    "resume_mode": "child",
+    "fork": "",
+    "node_rank": None,
+    "local_world_size": 0,
+}
 FIELDS: dict[str, Any] = {
     "session": SESSION,
     "run_id": RUN_ID,
@@ -46,7 +54,7 @@ FIELDS: dict[str, Any] = {
             "tags": st.dictionaries(TEXTS, TEXTS, max_size=4),
         },
         optional={
-            **dict.fromkeys(("first_seq", "node_count"), WHOLE),
+            **dict.fromkeys(("first_seq", "node_count", "node_rank", "local_world_size"), WHOLE),
             **dict.fromkeys(("resume", "fork"), RUN_IDS | st.just("")),
             "resume_mode": st.sampled_from(["child", "same"]),
         },

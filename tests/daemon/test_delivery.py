@@ -25,6 +25,7 @@ from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lane import BLOCKED_RETRY_S, REST_WAIT_S
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker, Stopped
 from mlflow_relay_daemon.sinks import Refused, RunGone, ServerAway, SinkError, TryAgain
 from mlflow_relay_daemon.spool import card as cards
@@ -63,6 +64,7 @@ def new_lane(run: RunSpool, sink: FakeSink, breaker: Breaker, letters: DeadLette
         Resolver(sink, lambda run_id: None),
         letters,
         LineageParams(run=(), fork=()),
+        TerminalOutput(run),
         on_news=lambda: None,
     )
 

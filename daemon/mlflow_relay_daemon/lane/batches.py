@@ -21,8 +21,10 @@ from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.reduction import LATE, MISSING_TAG, Giver, Reduction
 from mlflow_relay_daemon.sinks import Refused, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.transcript import Printed
 from mlflow_relay_daemon.spool.watermark import Watermark
 
 #: From so many failures of one request on, while the server answers others, the request itself is
@@ -52,6 +54,8 @@ class Batches:
         batch, mark = self._collect()
         if vars(mark) == vars(self._to.run.mark):
             return False
+        if batch.given:
+            self._reduce(batch, mark)
         self._deliver(batch, failures)
         self._settle(batch, mark)
         return True
@@ -73,7 +77,7 @@ class Batches:
                     skip = max(skip, seen.next_seq(header.session) - header.first_seq)
                     mark.settled_records += max(0, skip - begun)
                 for index, raw in enumerate(piece.records[skip:], skip):
-                    if not self._take(batch, header.session, raw):
+                    if not self._take(batch, header.session, header.first_seq + index, raw):
                         mark.segment, mark.offset = place
                         mark.skip = index
                         mark.sequences = seen.save()
@@ -91,7 +95,7 @@ class Batches:
         mark.sequences = seen.save()
         return batch, mark
 
-    def _take(self, batch: Batch, session: bytes, raw: Any) -> bool:
+    def _take(self, batch: Batch, session: bytes, seq: int, raw: Any) -> bool:
         """Put a record into the batch; return False if it has no room for it."""
         if raw is None:
             return True  # a gap in the numbers, counted when the run ends
@@ -107,7 +111,10 @@ class Batches:
             return False
         if isinstance(record, records.Params | records.Tags):
             record = self._translated(batch, record)
-        batch.add(session, record, self._known_params)
+        if isinstance(record, records.Terminal):
+            batch.add_printed(Printed(self._giver(session).rank, session, seq, record.data))
+        else:
+            batch.add(session, record, self._known_params)
         batch.records += 1
         return True
 
@@ -144,6 +151,23 @@ class Batches:
             if translated != value and original is not None:
                 batch.tags[original] = value
         return record._replace(items=items)
+
+    def _reduce(self, batch: Batch, mark: Watermark) -> None:
+        """Let the mark know what ranks have given, and what has been made of it."""
+        reduction = Reduction(mark.reduction)
+        before = reduction.missing
+        for session, record in batch.given:
+            if isinstance(record, records.Reduce):
+                batch.objections += reduction.give(self._giver(session), record)
+            else:
+                reduction.made(record)
+        mark.reduction = reduction.save()
+        if reduction.missing > before:
+            batch.tags[MISSING_TAG] = str(reduction.missing)
+
+    def _giver(self, session: bytes) -> Giver:
+        known = self._to.card.sessions.get(session.hex())
+        return Giver(known.rank, known.start_ms) if known else Giver(0, 0)
 
     def _held(self, batch: Batch, kind: str, key: str) -> str | None:
         """Return the value of this text that waits; None: there is none."""
@@ -218,6 +242,7 @@ class Batches:
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
         self._to.run.artifacts.accept(batch.artifacts)
+        self._to.run.terminal.add(batch.printed)
         self._to.run.settle(mark)
 
     # ── dead letters ──
@@ -230,7 +255,8 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", ARTIFACT_LETTER) and (ids is None or letter.id in ids)
+            if letter.kind not in ("record", ARTIFACT_LETTER, LATE)
+            and (ids is None or letter.id in ids)
         ]
         taken = {
             letter.id

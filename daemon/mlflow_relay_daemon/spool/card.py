@@ -33,6 +33,8 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    node_rank: int | None = None  #: number of its node in the job; None: not told
+    local_world_size: int = 0  #: ranks on this node; 0: not told
     next_seq: int = 0  #: how many records it had, known when it was closed
 
 
