@@ -3,7 +3,11 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test files at work at the same time; JOBS=0: one after the other, and ARGS=-s shows what they print.
+JOBS ?= 3
 QUICK ?=
+HOURS ?=
+SEED ?=
 # torch's usual build comes with CUDA, gigabytes of it: name another one if you have it at hand.
 PEERS_TORCH ?= torch
 VENV := .venv
@@ -21,7 +25,7 @@ demo: $(VENV)/.has-demo  ## the whole story on this machine, with an embedded ML
 	@$(BIN)/mlflow-relay demo $(ARGS)
 
 test: $(VENV)/.has-test  ## the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.has-dev  ## ruff: rules and format
 	@$(BIN)/ruff check . $(ARGS)
@@ -34,8 +38,8 @@ bench: $(VENV)/.has-bench $(if $(QUICK),,$(PEERS)/.made)  ## the benchmarks, bes
 	@$(BIN)/python -m tests.benchmarks $(if $(QUICK),--quick,--report) \
 	  $(if $(wildcard $(PEERS)/.made)$(if $(QUICK),,whole),--peers $(PEERS)/bin/python) $(ARGS)
 
-torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time
-	@$(BIN)/python -m pytest -m torture $(ARGS)
+torture: $(VENV)/.has-test  ## kills, cuts and corruption for a long time: HOURS=1 SEED=…; docs/reliability.md
+	@$(BIN)/python -m tests.crash --report $(if $(HOURS),--hours $(HOURS)) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 clean:  ## remove the environment, caches and what was built
 	@rm -rf $(VENV) $(PEERS) dist build .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -52,7 +56,7 @@ $(PEERS)/.made: | $(VENV)/.made
 	@echo "Installing the peers of the benchmarks into $(PEERS); this takes some minutes, once."
 	@$(PYTHON) -m venv --clear $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  pyzmq msgpack mlflow wandb neptune-scale trackio tensorboardX mlflow-export-import numpy
+	  pyzmq msgpack mlflow wandb neptune-scale trackio tensorboardX mlflow-export-import tabulate numpy
 	@$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check '$(PEERS_TORCH)' || \
 	  echo "without torch: its scalars are not measured"
 	@touch $@

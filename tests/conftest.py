@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.support import MlflowServer, TcpProxy
+
+#: Tests run in pytest's own process, whose output is pytest's.
+os.environ["MLFLOW_RELAY_TERMINAL"] = "none"
 
 
 @pytest.fixture(scope="session")

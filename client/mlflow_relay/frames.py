@@ -18,7 +18,8 @@ from zlib import crc32
 from .errors import FormatError, VersionError
 
 MAGIC = b"MRF"
-#: 2 has records of kind ARTIFACT; what is written is 2, what is read is both.
+#: 2 has records of kinds ARTIFACT, REDUCE, COMBINED and TERMINAL; what is written is 2, what is
+#: read is both.
 VERSION, VERSIONS = 2, (1, 2)
 ENTRY = struct.Struct("<II")
 ENTRY_BYTES = ENTRY.size

@@ -39,6 +39,7 @@ END_BYTES_MAX = 2560
 #: Two of these (one in use, one in reserve) are what a journal starts with.
 ENTRIES_FILE_BYTES = 8 << 20
 ENTRIES_FILE_BYTES_MIN = 32 << 10
+PRIVATE_MODE, SHARED_MODE = 0o600, 0o660
 
 
 class SentFrame(NamedTuple):
@@ -58,13 +59,14 @@ class SentFrame(NamedTuple):
 class _EntriesFile:
     """One preallocated file. `tail` is where the next entry goes, `limit` where none may end."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, mode: int = PRIVATE_MODE) -> None:
         self.path = path
         self.tail = ENTRIES_AT
         self.limit = size - END_BYTES_MAX
         self.next: _EntriesFile | None = None  # the file in which the session goes on
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         try:
+            os.fchmod(fd, mode)  # whatever the umask
             # A sparse mapping on a full file system is a SIGBUS in the middle of training.
             os.posix_fallocate(fd, 0, size)
             # The page tables are filled now, in the background, and not at a log call.
@@ -98,6 +100,7 @@ class Journal:
         session: 16 bytes.
         card: what the daemon must know to take the session over when nobody is left to tell it.
         bytes_max: of all entries files together; beyond it records are lost, and counted.
+        shared: the daemon is another user, who reads the files as a member of the folder's group.
 
     Raises: JournalError: no space, no permission.
     """
@@ -110,7 +113,9 @@ class Journal:
         *,
         bytes_max: int,
         file_bytes: int = ENTRIES_FILE_BYTES,
+        shared: bool = False,
     ) -> None:
+        self._mode = SHARED_MODE if shared else PRIVATE_MODE
         self.session = session
         self.path = folder / (session.hex() + BASE_SUFFIX)
         self.next_seq = 0  #: of the record that comes next
@@ -327,8 +332,9 @@ class Journal:
 
     def _open_base(self, card: bytes) -> None:
         new = self.path.with_suffix(NEW_SUFFIX)
-        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
         try:
+            os.fchmod(self._fd, self._mode)  # whatever the umask
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(self._fd, 0, CARD_AT + len(card))
             self._base = mmap.mmap(self._fd, CARD_AT + len(card))
@@ -343,7 +349,7 @@ class Journal:
 
     def _make_file(self) -> _EntriesFile:
         name = f"{self.session.hex()}.{next(self._numbers):06d}{ENTRIES_SUFFIX}"
-        file = _EntriesFile(self.path.with_name(name), self._file_bytes)
+        file = _EntriesFile(self.path.with_name(name), self._file_bytes, self._mode)
         self._files_made += 1
         return file
 

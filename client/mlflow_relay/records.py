@@ -7,7 +7,10 @@ A record is a msgpack array: [kind, timestamp in ms, ...]:
     TAGS     [3, t, {key: value}]
     END      [4, t, status, reason]
     ARTIFACT [5, t, path, id, where, file, size, modified in ns, digest]
-    CALL     [8, t, name, body]                                body: JSON, as bin
+    REDUCE   [6, t, step, how, [key, ...], values]          one rank's; the daemon makes a point
+    COMBINED [7, t, step, how, suffix, [key, ...], values, missing, born]   the daemon's point
+    TERMINAL [8, t, bytes]                                  what a rank has printed
+    CALL     [9, t, name, body]                                     body: JSON, as bin
 
 CALL is what MLflow's API has besides these, kept at its place among them by the daemon itself for
 those who speak MLflow to it; ranks do not send it.
@@ -22,6 +25,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgpack
@@ -29,7 +33,7 @@ import msgpack
 from .errors import FormatError
 from .frames import RECORD_BYTES_MAX
 
-METRICS, PARAMS, TAGS, END, ARTIFACT, CALL = 1, 2, 3, 4, 5, 8
+METRICS, PARAMS, TAGS, END, ARTIFACT, REDUCE, COMBINED, TERMINAL, CALL = range(1, 10)
 
 #: What one record holds at most: one request of MLflow's, so that a record never spans many.
 METRICS_PER_RECORD_MAX = 1000  # mlflow.utils.validation.MAX_METRICS_PER_BATCH
@@ -39,12 +43,16 @@ TEXT_CHARS_PER_RECORD_MAX = RECORD_BYTES_MAX // 8
 #: A key is for people to read; MLflow takes 250 characters, and says so in a dead letter.
 KEY_CHARS_MAX = 1000
 
+TERMINAL_BYTES_MAX = 1 << 18  # what was printed within a moment; more becomes several records
 NAME_BYTES_MAX = 255  # of a file on Linux
 ARTIFACT_PATH_BYTES_MAX = 800  # an object's key in S3 has 1024, the run's own part among them
 
 #: Where an artifact's bytes lie: in a file of ours that nobody else writes to; in one that is a
 #: hard link to the user's; in the user's own file.
 COPY, LINK, PLACE = "copy", "link", "place"
+
+#: How values of several ranks become one.
+REDUCTIONS = ("mean", "sum", "min", "max")
 
 #: How a run can end, as MLflow spells it.
 END_STATUSES = ("FINISHED", "FAILED", "KILLED")
@@ -55,6 +63,9 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _INT64 = 0xD3
 _METRICS_HEAD = bytes((0x95, METRICS, _INT64))
 _LAYOUTS_MAX = 1024  # key sets kept; a program that makes up keys at each call must not grow
+_KEYS_AT = 20  # in a record of MetricsPacker: behind head, time, and step with its mark
+#: Layouts by `_keys_place`, as `unpack_record` has met them.
+_known_keys: dict[tuple[int, bytes], tuple[struct.Struct, bytes, Sequence[str]]] = {}
 _STEP_MIN, _STEP_MAX = -(1 << 63), (1 << 63) - 1
 
 
@@ -106,7 +117,37 @@ class Artifact(NamedTuple):
     digest: bytes  #: of samples: see fingerprint.sample_digest
 
 
-Record = Metrics | Params | Tags | End | Artifact | Call
+class Reduce(NamedTuple):
+    """Values of one rank, of which the daemon makes points together with those of other ranks."""
+
+    timestamp_ms: int
+    step: int
+    how: str  #: one of REDUCTIONS
+    keys: Sequence[str]
+    values: Sequence[float]
+
+
+class Combined(NamedTuple):
+    """Points that a daemon has made; only a daemon writes it, into its spool."""
+
+    timestamp_ms: int
+    step: int
+    how: str
+    suffix: str  #: behind each key, in MLflow
+    keys: Sequence[str]
+    values: Sequence[float]
+    missing: int  #: ranks that owe each of these points a value
+    born_ms: int  #: when the session of the youngest rank in it began
+
+
+class Terminal(NamedTuple):
+    """What a rank has printed, as it came."""
+
+    timestamp_ms: int
+    data: bytes
+
+
+Record = Metrics | Params | Tags | End | Artifact | Reduce | Combined | Terminal | Call
 
 
 class MetricsPacker:
@@ -182,6 +223,30 @@ def pack_end(status: str, reason: str, timestamp_ms: int) -> bytes:
     return _packed([END, timestamp_ms, status, reason])
 
 
+def pack_reduce(how: str, metrics: Mapping[str, Any], step: Any, timestamp_ms: int) -> bytes:
+    """Return the record of values that are to be combined with those of other ranks.
+
+    Raises: TypeError, ValueError: a key, value, step or `how` that cannot be, by name.
+    """
+    if how not in REDUCTIONS:
+        raise ValueError(f"reduce={_short(how)}: one of {', '.join(REDUCTIONS)}")
+    keys = [check_key("metric", key) for key in metrics]
+    values = [to_float(key, value) for key, value in metrics.items()]
+    packed = struct.pack(f">{len(keys)}d", *values)
+    return _packed([REDUCE, timestamp_ms, to_step(step), how, keys, packed])
+
+
+def pack_combined(points: Combined) -> bytes:
+    """Return the record of points that a daemon has made."""
+    packed: Any = struct.pack(f">{len(points.values)}d", *points.values)
+    return _packed([COMBINED, *points._replace(values=packed)])
+
+
+def pack_terminal(data: bytes, timestamp_ms: int) -> bytes:
+    """Return the record of what was printed, at most TERMINAL_BYTES_MAX."""
+    return _packed([TERMINAL, timestamp_ms, data])
+
+
 def pack_call(name: str, body: bytes, timestamp_ms: int) -> bytes:
     """Return the record of a request of MLflow's API."""
     return _packed([CALL, timestamp_ms, name, body])
@@ -200,33 +265,79 @@ def unpack_record(record: bytes) -> Record:
 
     Raises: FormatError: no record of this release.
     """
+    metrics = _metrics_of_known_keys(record)
+    if metrics is not None:
+        return metrics
     try:
-        match msgpack.unpackb(record):
-            case [kind, timestamp_ms, steps, [*keys], bytes(packed)] if kind == METRICS:
-                values = struct.unpack(f">{len(packed) // 8}d", packed)
-                step_list = [steps] * len(keys) if type(steps) is int else steps
-                _check_kind_and_time(kind, timestamp_ms)
-                _check_metrics(keys, values, step_list)
-                return Metrics(timestamp_ms, step_list, keys, values)
-            case [kind, timestamp_ms, {**items}] if kind in (PARAMS, TAGS):
-                _check_kind_and_time(kind, timestamp_ms)
-                return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
-            case [kind, timestamp_ms, str(status), str(reason)] if kind == END:
-                _check_kind_and_time(kind, timestamp_ms)
-                if status not in (*END_STATUSES, GOES_ON):
-                    raise FormatError(f"a run cannot end {status!r}")
-                return End(timestamp_ms, status, reason)
-            case [kind, timestamp_ms, *rest] if kind == ARTIFACT and len(rest) == 7:
-                _check_kind_and_time(kind, timestamp_ms)
-                return _checked_artifact(Artifact(timestamp_ms, *rest))
-            case [kind, timestamp_ms, str(name), bytes(body)] if kind == CALL:
-                _check_kind_and_time(kind, timestamp_ms)
-                return Call(timestamp_ms, name, body)
+        found = _record_of(msgpack.unpackb(record))
     except FormatError:
         raise
     except Exception as error:  # msgpack raises many kinds, ValueError and its own among them
         raise FormatError(f"not a record: {error}") from error
+    if isinstance(found, Metrics):
+        _remember_keys(record, found.keys)
+    return found
+
+
+def _record_of(fields: Any) -> Record:
+    match fields:
+        case [kind, timestamp_ms, *rest]:
+            _check_kind_and_time(kind, timestamp_ms)
+        case _:
+            raise FormatError("not a record: no kind and time")
+    match rest:
+        case [steps, [*keys], bytes(packed)] if kind == METRICS:
+            values = struct.unpack(f">{len(packed) // 8}d", packed)
+            step_list = [steps] * len(keys) if type(steps) is int else steps
+            _check_metrics(keys, values, step_list)
+            return Metrics(timestamp_ms, step_list, keys, values)
+        case [{**items}] if kind in (PARAMS, TAGS):
+            return (Params if kind == PARAMS else Tags)(timestamp_ms, _check_texts(items))
+        case [str(status), str(reason)] if kind == END:
+            if status not in (*END_STATUSES, GOES_ON):
+                raise FormatError(f"a run cannot end {status!r}")
+            return End(timestamp_ms, status, reason)
+        case [_, _, _, _, _, _, _] if kind == ARTIFACT:
+            return _checked_artifact(Artifact(timestamp_ms, *rest))
+        case _ if kind in (REDUCE, COMBINED):
+            return _checked_points((Reduce if kind == REDUCE else Combined)(timestamp_ms, *rest))
+        case [bytes(data)] if kind == TERMINAL:
+            return Terminal(timestamp_ms, data)
+        case [str(name), bytes(body)] if kind == CALL:
+            return Call(timestamp_ms, name, body)
     raise FormatError("a record of a kind that this release does not know")
+
+
+def _metrics_of_known_keys(record: bytes) -> Metrics | None:
+    """Return metrics whose keys were read and checked before; None: they were not.
+
+    The packer's trick the other way round: it is the same bytes from call to call that are read
+    only once. What is left, two int64 and float64s, cannot be of a wrong type.
+    """
+    known = _known_keys.get(_keys_place(record))
+    if known is None:
+        return None
+    form, fixed, keys = known
+    head, timestamp_ms, mark, step, found, *values = form.unpack(record)
+    if (head, mark, found) != (_METRICS_HEAD, _INT64, fixed):
+        return None
+    return Metrics(timestamp_ms, [step] * len(keys), keys, values)
+
+
+def _remember_keys(record: bytes, keys: Sequence[str]) -> None:
+    """Keep what is between step and values of a record that was checked, if it is the packer's."""
+    if record[:3] != _METRICS_HEAD or record[11] != _INT64:
+        return
+    if len(_known_keys) >= _LAYOUTS_MAX:
+        _known_keys.clear()
+    fixed = record[_KEYS_AT : len(record) - 8 * len(keys)]
+    form = struct.Struct(f">3sqBq{len(fixed)}s{len(keys)}d")
+    _known_keys[_keys_place(record)] = form, fixed, keys
+
+
+def _keys_place(record: bytes) -> tuple[int, bytes]:
+    """Return what tells sets of keys apart well enough to find the one that is compared whole."""
+    return len(record), record[_KEYS_AT : _KEYS_AT + 40]
 
 
 def check_key(what: str, key: object) -> str:
@@ -312,9 +423,9 @@ def to_step(step: Any) -> int:
 
 def chunks(items: Mapping[str, Any], size: int) -> Iterable[dict[str, Any]]:
     """Yield the items in dicts of at most `size`, in order."""
-    pairs = list(items.items())
-    for at in range(0, len(pairs), size):
-        yield dict(pairs[at : at + size])
+    rest = iter(items.items())
+    while part := dict(islice(rest, size)):
+        yield part
 
 
 def text_chunks(items: Mapping[str, str]) -> Iterable[dict[str, str]]:
@@ -373,6 +484,22 @@ def _check_metrics(keys: Sequence[Any], values: Sequence[float], steps: Any) -> 
         raise FormatError("a key that is no text, or a step that is no number")
     if not _STEP_MIN <= min(steps) <= max(steps) <= _STEP_MAX:
         raise FormatError("a step beyond 64 bits")
+
+
+def _checked_points(points: Any) -> Reduce | Combined:
+    """Return a Reduce or Combined with its values unpacked."""
+    if points.how not in REDUCTIONS or type(points.values) is not bytes:
+        raise FormatError("values that are to be combined nobody knows how")
+    values = struct.unpack(f">{len(points.values) // 8}d", points.values)
+    if type(points.keys) is not list:
+        raise FormatError("keys that are no list")
+    _check_metrics(points.keys, values, [points.step] * len(points.keys))
+    checked: Reduce | Combined = points._replace(values=values)
+    if isinstance(checked, Combined):
+        numbers = (checked.missing, checked.born_ms)
+        if type(checked.suffix) is not str or set(map(type, numbers)) != {int}:
+            raise FormatError("a point with a field of a wrong type")
+    return checked
 
 
 def _checked_artifact(artifact: Artifact) -> Artifact:

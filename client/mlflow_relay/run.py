@@ -14,7 +14,7 @@ from itertools import count
 from pathlib import Path
 from time import time_ns
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import fluent, records, settings
 from .artifacts import ArtifactCalls
@@ -26,6 +26,9 @@ from .messages import TEXT_CHARS_MAX
 from .paths import default_socket
 from .provenance import launch_tags, provenance
 from .session import Session
+
+if TYPE_CHECKING:
+    from .terminal import Capture
 
 log = logging.getLogger("mlflow_relay")
 
@@ -49,6 +52,7 @@ def start_run(
     rank: int | None = None,
     world_size: int | None = None,
     rank_metrics: str = "prefix",
+    terminal: str | None = None,
     socket: str | os.PathLike[str] | None = None,
     autostart: bool | None = None,
     journal_bytes_max: int | None = None,
@@ -73,6 +77,8 @@ def start_run(
         rank, world_size: told by the launcher if not given.
         rank_metrics: rank 0 logs under the plain key; the others under "rank_<n>/<key>"
             ("prefix"), not at all ("zero"), or under the plain key as well ("all").
+        terminal: whose output on stdout and stderr is kept, that of child processes too: of rank 0
+            ("rank0"), of each rank ("all"), of no one ("none"); MLFLOW_RELAY_TERMINAL.
         socket: of the daemon (MLFLOW_RELAY_SOCKET).
         autostart: start a daemon if none answers (MLFLOW_RELAY_AUTOSTART=1).
         journal_bytes_max: of this rank, for the time that no daemon answers
@@ -88,6 +94,7 @@ def start_run(
         raise ValueError(f"rank_metrics={rank_metrics!r}: one of {', '.join(RANK_METRICS)}")
     lineage = checked_lineage(resume, resume_mode, fork)
     env = os.environ
+    mode = settings.terminal(env, terminal)
     who = detect(
         env,
         rank=rank,
@@ -102,6 +109,7 @@ def start_run(
         _name("run_name", run_name or env.get("MLFLOW_RUN_NAME") or ""),
         lineage=lineage,
         rank_metrics=rank_metrics,
+        terminal=mode,
         socket=Path(socket) if socket is not None else default_socket(),
         autostart=settings.autostart(env) if autostart is None else autostart,
         journal_bytes_max=settings.journal_bytes_max(env, journal_bytes_max),
@@ -137,6 +145,7 @@ class Run(ArtifactCalls):
         *,
         lineage: dict[str, str],
         rank_metrics: str,
+        terminal: str,
         socket: Path,
         autostart: bool,
         journal_bytes_max: int,
@@ -174,24 +183,41 @@ class Run(ArtifactCalls):
             "tags": {**tags, **launch_tags(who)},
             "primary": True,
             "node_count": _node_count(who),
+            "local_world_size": who.local_world_size or 0,
+            **_node_rank(who),
             **lineage,
         }
-        self._session: Session | None = self._open_session()
+        # First of all: no other thread of ours is there yet that would take the GIL meanwhile.
+        is_kept = terminal == "all" or (terminal == "rank0" and who.rank == 0)
+        self._terminal = self._keep_terminal() if is_kept else None
+        try:
+            self._session: Session | None = self._open_session()
+        except BaseException:
+            if self._terminal is not None:
+                self._terminal.stop()
+            raise
         self._ended = self._is_cut_off = False
         _started = ordinal
         _runs.add(self)
 
     # ── logging ──
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    def log_metrics(
+        self, metrics: Mapping[str, Any], step: int | None = None, *, reduce: str | None = None
+    ) -> None:
         """Log values of one step.
 
         Args:
             metrics: numbers by key: Python's, NumPy's, torch's, JAX's; NaN and infinities are kept.
             step: default a count of its own for each key, so that curves are curves.
+            reduce: "mean", "sum", "min" or "max": of the values that all ranks of this node log for
+                this step the daemon makes one point, under the plain key; needs a step.
 
         Raises: TypeError, ValueError: a key or value that is none, by name; RelayError: ended.
         """
+        if reduce is not None:
+            self._log_reduced(metrics, step, reduce)
+            return
         if self._silent or not metrics:
             return
         if len(metrics) > records.METRICS_PER_RECORD_MAX:
@@ -203,6 +229,13 @@ class Run(ArtifactCalls):
             self._keep(self._packer.pack_steps(checked, steps, _now_ms()))
         else:
             self._keep(self._packer.pack(metrics, step, time_ns() // 1_000_000))
+
+    def _log_reduced(self, metrics: Mapping[str, Any], step: int | None, how: str) -> None:
+        if step is None:
+            raise ValueError(f"reduce={how!r} needs a step: ranks are brought together by it")
+        now_ms = _now_ms()
+        for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+            self._keep(records.pack_reduce(how, part, step, now_ms))
 
     def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
         """Log one value: see `log_metrics`."""
@@ -258,6 +291,8 @@ class Run(ArtifactCalls):
             raise ValueError(f"status={status!r}: one of {', '.join(records.END_STATUSES)}")
         if self._ended:
             return
+        if self._terminal is not None:
+            self._terminal.stop()
         # Only if it is this process's own: a forked child that logged nothing has nothing to end.
         session = self._session
         if session is not None:
@@ -274,6 +309,16 @@ class Run(ArtifactCalls):
                 session.journal.path,
                 self._socket,
             )
+
+    def _keep_terminal(self) -> Capture | None:
+        from . import terminal
+
+        return terminal.start(self._card, self._socket, self._journal_bytes_max)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether `end` was called: nothing more can be logged."""
+        return self._ended
 
     def __enter__(self) -> Run:
         return self
@@ -339,6 +384,9 @@ class Run(ArtifactCalls):
         first use; it is no rank, so its end says nothing of the run."""
         session, self._session = self._session, None
         self._card = {**self._card, "primary": False}
+        if self._terminal is not None:
+            self._terminal.leave_to_parent()
+            self._terminal = None
         if session is not None:
             session.leave_to_parent()
 
@@ -357,6 +405,16 @@ def _node_count(who: Launch) -> int:
     if who.node_count is None and who.local_world_size == who.world_size:
         return 1
     return who.node_count or 0
+
+
+def _node_rank(who: Launch) -> dict[str, int]:
+    """Return what the card says of this node's number among the job's nodes; nothing if untold."""
+    if who.node_rank is not None:
+        return {"node_rank": who.node_rank}
+    first = who.rank - who.local_rank  # of the ranks here, where each node has its share in a row
+    if who.local_world_size and first >= 0 and first % who.local_world_size == 0:
+        return {"node_rank": first // who.local_world_size}
+    return {}
 
 
 def _now_ms() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from .errors import RelayError
 from .journal import Journal
 from .messages import SESSION_BYTES, pack_map
-from .paths import SOCKET_PATH_BYTES_MAX, journal_dir, private_dir
+from .paths import SOCKET_PATH_BYTES_MAX, is_shared, journal_dir, private_dir
 from .sender import Sender, State
 
 log = logging.getLogger("mlflow_relay")
@@ -52,11 +52,16 @@ class Session:
                 f"the socket path {socket} has {length} bytes, a unix socket's may have "
                 f"{SOCKET_PATH_BYTES_MAX}: set MLFLOW_RELAY_SOCKET to a shorter one"
             )
-        private_dir(socket.parent)
-        folder = private_dir(journal_dir(socket))
+        shared = is_shared(socket)
+        folder = journal_dir(socket)
+        if not shared:
+            private_dir(socket.parent)
+            private_dir(folder)
         name = os.urandom(SESSION_BYTES)
         card = {**card, "session": name, "pid": os.getpid()}
-        self.journal = Journal(folder, name, pack_map(card), bytes_max=journal_bytes_max)
+        self.journal = Journal(
+            folder, name, pack_map(card), bytes_max=journal_bytes_max, shared=shared
+        )
         self._grace_s = NO_DAEMON_GRACE_S if on_no_daemon is None else STARTING_GRACE_S
         self.sender = Sender(self.journal, socket, card, on_mlflow_run_id, on_no_daemon)
         self.sender.start()

@@ -8,6 +8,8 @@ from .errors import RelayError
 
 #: One rank's journal while no daemon answers: memory, if the runtime folder is in memory.
 JOURNAL_BYTES_MAX = 256 << 20
+#: Whose terminal output is kept; the first is the default.
+TERMINAL_MODES = ("rank0", "all", "none")
 #: The longest that `end` may take.
 END_TIMEOUT_S = 5.0
 #: Smaller files are staged as copies rather than as hard links: a copy of 32 MiB takes some tens of
@@ -42,6 +44,19 @@ def link_bytes_min(env: Mapping[str, str]) -> float:
     Raises: RelayError: no number, or negative.
     """
     return _number(env, "MLFLOW_RELAY_LINK_BYTES_MIN", LINK_BYTES_MIN, 0)
+
+
+def terminal(env: Mapping[str, str], given: str | None = None) -> str:
+    """Return the argument, else MLFLOW_RELAY_TERMINAL: whose terminal output is kept.
+
+    Raises: ValueError, RelayError: none of TERMINAL_MODES.
+    """
+    mode = given or env.get("MLFLOW_RELAY_TERMINAL") or TERMINAL_MODES[0]
+    if mode not in TERMINAL_MODES:
+        if given:
+            raise ValueError(f"terminal={given!r}: one of {', '.join(TERMINAL_MODES)}")
+        raise RelayError(f"MLFLOW_RELAY_TERMINAL={mode!r}: one of {', '.join(TERMINAL_MODES)}")
+    return mode
 
 
 def autostart(env: Mapping[str, str]) -> bool:

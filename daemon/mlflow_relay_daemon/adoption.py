@@ -19,10 +19,12 @@ from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay.frames import read_frame
 from mlflow_relay.journal_files import BASE_SUFFIX, NEW_SUFFIX
 from mlflow_relay_daemon import journal_folder
+from mlflow_relay_daemon.access import NotYours
 from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.foreign import open_foreign, read_foreign, read_open
 from mlflow_relay_daemon.hosted import Hosted, Runs
-from mlflow_relay_daemon.spool.disk import try_lock
+from mlflow_relay_daemon.spool.disk import lock_holder, try_lock
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Watched:
     """A journal, and what its rank says of it."""
 
     fd: int
+    uid: int  #: whose it is, as the file system says
     next_seq: int = 0  #: accepted by the rank
     lost: int = 0
 
@@ -141,6 +144,12 @@ class Watcher:
             if (card := hosted.run.card.sessions.get(session.hex())) and not card.closed
         )
 
+    def pid_of(self, session: bytes) -> int | None:
+        """Return the process that holds a session's journal, as this daemon sees processes; None:
+        it cannot be told (another container's)."""
+        watched = self._watched.get(session)
+        return None if watched is None else lock_holder(watched.fd) or None
+
     # ── looking ──
 
     def _path(self, session: bytes) -> Path:
@@ -150,10 +159,10 @@ class Watcher:
         watched = self._watched.get(session)
         if watched is None:
             try:
-                fd = os.open(self._path(session), os.O_RDWR | os.O_CLOEXEC)
+                fd = open_foreign(self._path(session), os.O_RDWR)
             except FileNotFoundError:
                 return False  # removed by its rank just now
-            watched = self._watched[session] = Watched(fd)
+            watched = self._watched[session] = Watched(fd, os.fstat(fd).st_uid)
         is_dead = try_lock(watched.fd)
         head = os.pread(watched.fd, journal_files.CARD_AT, 0)
         if len(head) == journal_files.CARD_AT:
@@ -189,7 +198,11 @@ class Watcher:
             records that come twice are known by their sequence numbers.
         """
         entries = journal_folder.entries_of(self._folder, session)
-        hosted = self._identify(session, entries)
+        try:
+            hosted = self._identify(session, entries)
+        except NotYours as error:
+            self._put_aside(session, error)
+            return True
         base = self._path(session)
         unfinished = base.with_suffix(NEW_SUFFIX)
         if hosted is None and not base.exists() and journal_folder.holds_nothing(entries):
@@ -197,30 +210,38 @@ class Watcher:
                 each.unlink(missing_ok=True)
             return True
         if hosted is None:
-            for each in (base, *entries):
-                if each.exists():
-                    self._runs.spool.quarantine(each, "nobody can tell whose it is")
+            self._put_aside(session, "nobody can tell whose it is")
             return True
         for each in entries:
             if time.monotonic() - since_s > LOOK_BUDGET_S:
                 return False
             self._take_entries(hosted, session, each)
         # What is in no file any more is a gap in the numbers, and counted as damage.
-        told = self._watched.get(session, Watched(-1))
+        told = self._watched.get(session, Watched(-1, -1))
         hosted.run.skip_to(session, told.next_seq)
         self._runs.close_session(hosted, session, told.lost)
         for each in (base, unfinished):
             each.unlink(missing_ok=True)
         return True
 
+    def _put_aside(self, session: bytes, why: object) -> None:
+        for each in (self._path(session), *journal_folder.entries_of(self._folder, session)):
+            if each.exists():
+                self._runs.spool.quarantine(each, why)
+
     def _identify(self, session: bytes, entries: list[Path]) -> Hosted | None:
-        """Return the run of a dead session: known from its life, or by its journal's card."""
+        """Return the run of a dead session: known from its life, or by its journal's card.
+
+        Raises: NotYours: the journal is not of the user whose run it names.
+        """
         known = self._runs.find_session(session)
         watched = self._watched.get(session)
         if watched is None:
             return known
+        if known is not None and not self._runs.access.may(watched.uid, known.owner):
+            raise NotYours(f"a journal of uid {watched.uid} for another user's run")
         try:
-            base = journal_files.read_base(_read_all(watched.fd))
+            base = journal_files.read_base(read_open(watched.fd, watched.uid))
             attachment = read_attachment(base.card)
             if attachment.session != session:
                 raise FormatError("the card of another session")
@@ -228,19 +249,21 @@ class Watcher:
             raise
         except FormatError as error:
             log.error("the journal of session %s: %s", session.hex(), error)
+            watched.next_seq = watched.lost = 0  # not to be trusted either
             return known
         # What was acknowledged before is in a spool, though perhaps not in this one. What is in the
         # files is taken all the same: it does no harm twice, and a counter may be damaged.
         there = [each for each in map(journal_folder.first_seq_of, entries) if each is not None]
         return known or self._runs.attach(
-            replace(attachment, first_seq=min(there, default=base.acked))
+            replace(attachment, first_seq=min(there, default=base.acked)), watched.uid
         )
 
     def _take_entries(self, hosted: Hosted, session: bytes, path: Path) -> None:
+        watched = self._watched.get(session)
+        owner = os.getuid() if hosted.owner is None else hosted.owner
         try:
-            salvage = journal_files.salvage_entries(
-                path.read_bytes(), session, hosted.run.next_seq(session)
-            )
+            data = read_foreign(path, owner if watched is None else watched.uid)
+            salvage = journal_files.salvage_entries(data, session, hosted.run.next_seq(session))
         except VersionError:
             raise
         except FormatError as error:
@@ -264,10 +287,6 @@ def _groups(frames: Iterable[bytes]) -> Iterator[list[bytes]]:
             group, size = [], 0
     if group:
         yield group
-
-
-def _read_all(fd: int) -> bytes:
-    return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
 def _are_old(paths: Iterable[Path]) -> bool:

@@ -16,9 +16,12 @@ from mlflow_relay.messages import SESSION_BYTES, TEXT_CHARS_MAX, unpack_map
 from mlflow_relay_daemon.spool.card import Card, Link, SessionCard
 
 TAGS_MAX = 100
+#: It stands in the run's card, and in the head of each segment.
+ATTACHMENT_BYTES_MAX = 1 << 20
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _OPTIONAL: dict[str, Any] = {
     "node_count": 0,
+    "local_world_size": 0,
     "resume": "",
     "resume_mode": "child",
     "fork": "",
@@ -48,6 +51,8 @@ class Attachment:
     resume_mode: str = "child"
     fork: str = ""
     is_plain: bool = False  #: MLflow's own code speaks: no params of ours
+    node_rank: int | None = None  #: None: not told
+    local_world_size: int = 0  #: 0: not told
 
     def new_card(self) -> Card:
         """Return the card of a run that nothing was known of."""
@@ -76,6 +81,8 @@ class Attachment:
             primary=self.primary,
             start_ms=self.start_ms,
             first_seq=self.first_seq,
+            node_rank=self.node_rank,
+            local_world_size=self.local_world_size,
         )
 
 
@@ -85,6 +92,8 @@ def read_attachment(payload: bytes) -> Attachment:
     Raises: FormatError: a field is missing or cannot be; VersionError: another protocol version.
     """
     session = unpack_session(payload)
+    if len(payload) > ATTACHMENT_BYTES_MAX:
+        raise FormatError(f"an attachment of {len(payload)} bytes; at most {ATTACHMENT_BYTES_MAX}")
     fields = {**_OPTIONAL, **unpack_map(payload)}
     tags = _of_type(fields, "tags", dict)
     if len(tags) > TAGS_MAX or set(map(type, [*tags, *tags.values()])) - {str}:
@@ -111,6 +120,8 @@ def read_attachment(payload: bytes) -> Attachment:
         fork=_run_id(fields, "fork", optional=True),
         is_plain=_of_type(fields, "is_plain", bool),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
+        node_rank=_whole(fields, "node_rank") if "node_rank" in fields else None,
+        local_world_size=_whole(fields, "local_world_size"),
     )
 
 

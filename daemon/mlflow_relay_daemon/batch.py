@@ -5,13 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mlflow_relay.records import Artifact, Call, End, Metrics, Params, Record, Tags
+from mlflow_relay.records import (
+    Artifact,
+    Call,
+    Combined,
+    End,
+    Metrics,
+    Params,
+    Record,
+    Reduce,
+    Tags,
+    Terminal,
+)
 from mlflow_relay_daemon.sinks import Metric, Param, Tag
+from mlflow_relay_daemon.spool.transcript import Printed
 
 # mlflow.utils.validation: MAX_METRICS_PER_BATCH, MAX_PARAMS_TAGS_PER_BATCH, MAX_ENTITIES_PER_BATCH
 METRICS_MAX, PARAMS_MAX, TAGS_MAX, ENTITIES_MAX = 1000, 100, 100, 1000
 ARTIFACT_LETTER = "artifact"  #: kind of a dead letter that is a file
 ARTIFACTS_MAX = 1000  # ours: what shares one fsync of the ledger
+PRINTED_BYTES_MAX = 4 << 20  # ours: what shares one fsync of a transcript
+GIVEN_VALUES_MAX = 50_000  # ours: for reduction, no request; what is read at once
 #: MLflow asks for less than 1 MB a request (MAX_BATCH_LOG_REQUEST_SIZE, which nothing checks).
 BODY_BYTES_MAX = 1_000_000
 #: MLflow cuts longer values in silence (MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH).
@@ -55,6 +69,11 @@ class Batch:
     held: list[list[str]] = field(default_factory=list)  #: kind, key, value: wait for an id
     ends: list[tuple[bytes, End]] = field(default_factory=list)  #: session, its word
     artifacts: list[Artifact] = field(default_factory=list)  #: for the run's ledger
+    printed: list[Printed] = field(default_factory=list)  #: for the ranks' transcripts
+    printed_bytes: int = 0
+    #: For reduction, in order: session, what it says.
+    given: list[tuple[bytes, Reduce | Combined]] = field(default_factory=list)
+    given_values: int = 0
     objections: list[Objection] = field(default_factory=list)
     call: Call | None = None  #: a request of its own: with it there is nothing else to send
     times_ms: dict[str, int] = field(default_factory=dict)  #: of params and tags, by kind and key
@@ -64,17 +83,27 @@ class Batch:
 
     def has_room_for(self, record: Record | Points) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
-        metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
-        if self.call is not None or (isinstance(record, Call) and self.records):
+        if self.call is not None:
             return False
-        if isinstance(record, Artifact):
-            return len(self.artifacts) < ARTIFACTS_MAX
+        match record:
+            case Call():
+                return not self.records
+            case Artifact():
+                return len(self.artifacts) < ARTIFACTS_MAX
+            case Reduce():
+                return self.given_values < GIVEN_VALUES_MAX
+            case Terminal():
+                return self.printed_bytes < PRINTED_BYTES_MAX
+        return self._fits_into_body(record)
+
+    def _fits_into_body(self, record: Record | Points) -> bool:
+        metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
         if not metrics + params + tags:
             return True
         if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
             return False
         match record:
-            case Metrics():
+            case Metrics() | Combined():
                 metrics += len(record.keys)
             case Points():
                 metrics += len(record.metrics)
@@ -107,16 +136,30 @@ class Batch:
                 for key, value in record.items.items():
                     self._add_param(key, value, record.timestamp_ms, known_params)
             case Tags():
-                for key, value in record.items.items():
-                    entry = Entry("tag", key, value, record.timestamp_ms, None)
-                    self.tags[key] = self._cut(entry, TAG_CHARS_MAX)
-                    self.times_ms["tag" + key] = record.timestamp_ms
+                self._add_tags(record)
             case End():
                 self.ends.append((session, record))
             case Call():
                 self.call = record
             case Artifact():
                 self.artifacts.append(record)
+            case Reduce() | Combined():
+                self._add_given(session, record)
+
+    def _add_given(self, session: bytes, record: Reduce | Combined) -> None:
+        self.given.append((session, record))
+        self.given_values += len(record.keys)
+        if isinstance(record, Combined):
+            time_ms, step = record.timestamp_ms, record.step
+            self.metrics += [
+                (key + record.suffix, value, time_ms, step)
+                for key, value in zip(record.keys, record.values, strict=True)
+            ]
+
+    def add_printed(self, printed: Printed) -> None:
+        """Take in what a rank has printed."""
+        self.printed.append(printed)
+        self.printed_bytes += len(printed.data)
 
     def _add_param(
         self, key: str, value: str, timestamp_ms: int, known_params: dict[str, str]
@@ -129,6 +172,12 @@ class Batch:
         elif has != value[:PARAM_CHARS_MAX]:
             reason = f"the param has the value {has[:200]!r} already; MLflow keeps the first"
             self.objections.append(Objection(entry, reason))
+
+    def _add_tags(self, tags: Tags) -> None:
+        for key, value in tags.items.items():
+            entry = Entry("tag", key, value, tags.timestamp_ms, None)
+            self.tags[key] = self._cut(entry, TAG_CHARS_MAX)
+            self.times_ms["tag" + key] = tags.timestamp_ms
 
     def _cut(self, entry: Entry, chars_max: int) -> str:
         value = str(entry.value)
@@ -194,8 +243,10 @@ def _body_bytes(record: Record | Points) -> int:
         case Points():
             keys = sum(len(metric[0].encode()) for metric in record.metrics)
             return keys + _METRIC_OVERHEAD_BYTES * len(record.metrics)
-        case Metrics():
-            keys = sum(len(key) if key.isascii() else 4 * len(key) for key in record.keys)
+        case Metrics() | Combined():
+            keys = len(
+                "".join(record.keys).encode()
+            )  # asked twice of each record: no loop in Python
             return keys + _METRIC_OVERHEAD_BYTES * len(record.keys)
         case Params() | Tags():
             return 4 * sum(len(key) + len(value) for key, value in record.items.items())

@@ -38,6 +38,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "url": (f"{_HERE}.url:url", "Print the MLflow page of a run, or of several compared."),
     "sync": (f"{_HERE}.sync:sync", "Bring spools and other stores' runs to a server."),
     "dead-letters": (f"{_HERE}.dead_letters:dead_letters", "List, retry or drop refused records."),
+    "install-units": (
+        f"{_HERE}.install_units:install_units",
+        "Put the systemd units of the daemon in place.",
+    ),
+    "completion": (
+        f"{_HERE}.completion:completion",
+        "Print the completion script of a shell.",
+    ),
     "check": (f"{_HERE}.check:check", "Check this node's setup, and say how to mend it."),
     "demo": (f"{_HERE}.demo:demo", "Show the whole story on one machine."),
 }

@@ -1,8 +1,8 @@
 """Every setting of the daemon, once: default, unit, allowed range, help, and where it came from.
 
-Order: flags > MLFLOW_RELAY_<NAME> > one TOML file > MLFLOW_TRACKING_URI (for tracking_uri) >
-defaults. The file is the first that exists of --config, MLFLOW_RELAY_CONFIG,
-$XDG_CONFIG_HOME/mlflow-relay.toml and /etc/mlflow-relay.toml.
+Order: flags > MLFLOW_RELAY_<NAME> > one TOML file > MLFLOW_TRACKING_URI (for tracking_uri) and
+systemd's credential mlflow-token (for token_file) > defaults. The file is the first that exists of
+--config, MLFLOW_RELAY_CONFIG, $XDG_CONFIG_HOME/mlflow-relay.toml and /etc/mlflow-relay.toml.
 
 A value that is overridden is checked all the same: a wrong line in a file should be heard of on
 the day it is written, not on the day when the flag that hid it is dropped.
@@ -44,6 +44,7 @@ __all__ = ["SETTINGS", "Config", "ConfigError", "describe", "load_config", "unkn
 
 SYSTEM_FILE = Path("/etc/mlflow-relay.toml")
 FILE_NAME = "mlflow-relay.toml"
+CREDENTIAL = "mlflow-token"
 FILE_BYTES_MAX = 1_000_000  # a settings file has a few lines; anything longer is a wrong path
 
 
@@ -82,6 +83,13 @@ class Config:
         metadata=_setting("path", "Unix socket at which ranks and commands meet the daemon.",
                           flag="--socket"),
     )  # fmt: skip
+    group: str | None = field(
+        default=None,
+        metadata=_setting(
+            "group", "Group whose members share this daemon, each with runs of his own; none: it "
+            "is for its own user alone.", flag="--group", optional=True,
+        ),
+    )  # fmt: skip
     tracking_uri: str = field(
         default_factory=default_tracking_uri,
         repr=False,  # may hold a password, and a repr ends up in tracebacks and logs
@@ -89,6 +97,14 @@ class Config:
             "uri",
             "The MLflow server or store. Passwords belong in MLFLOW_TRACKING_PASSWORD, not here.",
             flag="--tracking-uri", secret=True,
+        ),
+    )  # fmt: skip
+    token_file: Path | None = field(
+        default=None,
+        metadata=_setting(
+            "path", "File with the server's bearer token, read for each request: renew it and it "
+            "counts. With systemd the credential mlflow-token, if there is one.",
+            flag="--token-file", optional=True,
         ),
     )  # fmt: skip
     offline: bool = field(
@@ -189,6 +205,26 @@ class Config:
             flag="--http-port", least=0, most=65535, optional=True,
         ),
     )  # fmt: skip
+    node_metrics: bool = field(
+        default=True,
+        metadata=_setting("switch", "Log CPU, memory, disk, network and GPUs of this node for each "
+                          "run that has a living rank here.", flag="--node-metrics"),
+    )  # fmt: skip
+    node_metrics_interval_s: float = field(
+        default=10.0,
+        metadata=_setting("seconds", "How often that is measured.",
+                          flag="--node-metrics-interval", least=0.1, most=3600),
+    )  # fmt: skip
+    rank_process_metrics: bool = field(
+        default=False,
+        metadata=_setting("switch", "Measure the process of each rank, too.",
+                          flag="--rank-process-metrics"),
+    )  # fmt: skip
+    reduce_deadline_s: float = field(
+        default=30.0,
+        metadata=_setting("seconds", "How long a point of log_metrics(reduce=...) waits for ranks "
+                          "that are late.", flag="--reduce-deadline", least=0, most=86_400),
+    )  # fmt: skip
     log_level: str = field(
         default="info",
         metadata=_setting("choice", "How much the daemon says on stderr.", flag="--log-level",
@@ -255,6 +291,9 @@ def _offers(
     if path is not None:
         for name, raw in _read_file(path).items():
             yield name, raw, shown_path(path)
+    credential = Path(environ.get("CREDENTIALS_DIRECTORY", ""), CREDENTIAL)
+    if credential.is_absolute() and credential.exists():  # systemd.exec(5), LoadCredential=
+        yield "token_file", credential, "CREDENTIALS_DIRECTORY"
     uri = environ.get("MLFLOW_TRACKING_URI", "")
     # relay:// is what ranks are given to reach this daemon; it never is the daemon's own target,
     # and must not stop `status` in the same shell. `mlflow-relay daemon` asks for a real one.

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 #: Of what the plugin and the local endpoint say to each other besides MLflow's own API.
 API_VERSION = 1
+RETRY_THREAD, RELATIVES_THREAD = "dead letters", "relatives"
+#: Requests that wait for the server at a time, each in a thread.
+WAITING_MAX = 8
 
 
 class Control:
@@ -53,9 +56,10 @@ class Control:
         self._look, self._in_journals = look, in_journals
         self.answer_later: Callable[[bytes, bytes], None] = lambda _peer, _payload: None
 
-    def answer(self, peer: bytes, payload: bytes) -> bytes | None:
+    def answer(self, peer: bytes, payload: bytes, uid: int | None = None) -> bytes | None:
         """Return the answer; None: it comes later, from a thread that waits for the server.
 
+        Args: uid: of who asks: only what is his is shown and done.
         Raises: FormatError: not a control request.
         """
         request = unpack_map(payload)
@@ -65,16 +69,16 @@ class Control:
                 case "ping":
                     return _ok(pid=os.getpid(), version=__version__)
                 case "status":
-                    return _ok(status=self._read_status())
+                    return _ok(status=self.status_for(uid))
                 case "door":
-                    threading.Thread(target=self._door, args=(peer,), name="door").start()
+                    self._door(peer, uid)
                     return None
                 case "flush":
-                    return _ok(targets=self._flush(request))
+                    return _ok(targets=self._flush(request, uid))
                 case "dead_letters":
-                    return self._dead_letters(peer, request)
+                    return self._dead_letters(peer, request, uid)
                 case "lineage":
-                    return self._lineage(peer, request)
+                    return self._lineage(peer, request, uid)
         except (KeyError, TypeError, ValueError) as error:
             return _failed(f"{command}: {error}")
         except OSError as error:
@@ -83,7 +87,15 @@ class Control:
             raise FormatError("a control request without a command")
         return _failed(f"{command[:40]!r} is no command of this daemon ({__version__})")
 
-    def _door(self, peer: bytes) -> None:
+    def _door(self, peer: bytes, uid: int | None) -> None:
+        """Open the local endpoint and tell where it is, and the token that opens all runs."""
+        if not self._runs.access.is_admin(uid):
+            raise ValueError(
+                "the local endpoint is for the user whose daemon this is: start one of your own"
+            )
+        threading.Thread(target=self._open, args=(peer,), name="door").start()
+
+    def _open(self, peer: bytes) -> None:
         try:
             if self._open_door is None:
                 raise CommandError("this daemon has no local endpoint")
@@ -93,11 +105,19 @@ class Control:
         except (CommandError, OSError) as error:
             self.answer_later(peer, _failed(f"the local endpoint: {error}"))
 
-    def _flush(self, request: dict[str, Any]) -> dict[str, int]:
+    def status_for(self, uid: int | None) -> dict[str, Any]:
+        """Return the status object with the runs that this user may see."""
+        status = self._read_status()
+        if self._runs.access.is_admin(uid):
+            return status
+        own = {each.run.card.run_id for each in self._runs.of_user(uid)}
+        return {**status, "runs": [run for run in status["runs"] if run["run_id"] in own]}
+
+    def _flush(self, request: dict[str, Any], uid: int | None) -> dict[str, int]:
         if self._runs.delivery is None:
             raise ValueError("this daemon is offline and delivers nothing: see `mlflow-relay sync`")
         self._look()
-        chosen = self._chosen(request.get("runs"))
+        chosen = self._chosen(request.get("runs"), uid)
         self._runs.delivery.deliver_now([each.lane for each in chosen if each.lane is not None])
         if self._runs.uploads is not None:
             self._runs.uploads.try_now()
@@ -106,9 +126,9 @@ class Control:
             for each in chosen
         }
 
-    def _dead_letters(self, peer: bytes, request: dict[str, Any]) -> bytes | None:
+    def _dead_letters(self, peer: bytes, request: dict[str, Any], uid: int | None) -> bytes | None:
         run = request.get("run")
-        chosen = self._chosen([run] if run else None)
+        chosen = self._chosen([run] if run else None, uid)
         ids = None if request.get("ids") is None else {int(each) for each in request["ids"]}
         match request.get("action"):
             case "list":
@@ -121,8 +141,9 @@ class Control:
             case "drop":
                 return _ok(count=sum(_drop(each, ids) for each in chosen))
             case "retry":
+                self._check_threads()
                 thread = threading.Thread(
-                    target=self._retry, args=(peer, chosen, ids), name="dead letters", daemon=True
+                    target=self._retry, args=(peer, chosen, ids), name=RETRY_THREAD, daemon=True
                 )
                 thread.start()
                 return None
@@ -138,11 +159,14 @@ class Control:
         except Stopped:
             self.answer_later(peer, _failed("the daemon is stopping"))
 
-    def _lineage(self, peer: bytes, request: dict[str, Any]) -> bytes | None:
+    def _lineage(self, peer: bytes, request: dict[str, Any], uid: int | None) -> bytes | None:
         if request.get("action") == "relatives":
+            if not self._runs.access.is_admin(uid):
+                raise ValueError("the server is asked only for the user whose daemon this is")
+            self._check_threads()
             self._ask_for_relatives(peer, [str(each) for each in request["ids"]])
             return None
-        [hosted] = self._chosen([request["run"]])
+        [hosted] = self._chosen([request["run"]], uid)
         match request.get("action"):
             case "link":
                 decided = [by_hand.link(hosted.run, request["to"], request.get("kind"))]
@@ -170,13 +194,21 @@ class Control:
             except SinkError as error:
                 self.answer_later(peer, _failed(str(error)))
 
-        threading.Thread(target=ask, name="relatives", daemon=True).start()
+        threading.Thread(target=ask, name=RELATIVES_THREAD, daemon=True).start()
 
-    def _chosen(self, run_ids: list[str] | None) -> list[Hosted]:
+    def _chosen(self, run_ids: list[str] | None, uid: int | None) -> list[Hosted]:
         """Return the runs of these ids, all if there are none. Raises: KeyError."""
+        own = self._runs.of_user(uid)
         if not run_ids:
-            return list(self._runs.by_id.values())
-        return [self._runs.by_id[run_id] for run_id in run_ids]
+            return own
+        by_id = {each.run.card.run_id: each for each in own}
+        return [by_id[run_id] for run_id in run_ids]
+
+    def _check_threads(self) -> None:
+        """Raises: ValueError: too many requests wait for the server already."""
+        names = (RETRY_THREAD, RELATIVES_THREAD)
+        if sum(each.name in names for each in threading.enumerate()) >= WAITING_MAX:
+            raise ValueError("other requests wait for the server already: try again later")
 
 
 def _drop(hosted: Hosted, ids: set[int] | None) -> int:

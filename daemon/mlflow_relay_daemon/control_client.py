@@ -29,6 +29,10 @@ class NoDaemon(CommandError):
     exit_code = NO_DAEMON
 
 
+class ClosedToUser(NoDaemon):
+    """There is a daemon, and its socket is not for this user."""
+
+
 class DaemonRefused(CommandError):
     """The daemon answered that it cannot do this, and why."""
 
@@ -195,7 +199,7 @@ def probe_socket(path: Path) -> None:
             return  # somebody listens, and is busy
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM):
-                raise NoDaemon(
+                raise ClosedToUser(
                     f"the daemon's socket {path} is closed to this user: run as the user that "
                     "started it, or as a member of its group"
                 ) from None

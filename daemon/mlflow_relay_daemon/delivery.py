@@ -29,7 +29,7 @@ class Delivery:
 
     def __init__(self, breaker: Breaker, *, threads: int, batch_age_s: float) -> None:
         self._breaker = breaker
-        self._batch_age_s = batch_age_s
+        self.batch_age_s = batch_age_s
         self._changed = threading.Condition()
         self._due: list[tuple[float, int, Lane]] = []
         self._due_s: dict[Lane, float] = {}  # the valid one of several entries in `_due`
@@ -48,7 +48,7 @@ class Delivery:
     def notify(self, lane: Lane) -> None:
         """There is something new for this lane."""
         is_full = lane.run.waiting_bytes() >= FULL_BATCH_BYTES
-        self._schedule(lane, 0.0 if is_full else self._batch_age_s)
+        self._schedule(lane, 0.0 if is_full else self.batch_age_s)
 
     def deliver_now(self, lanes: list[Lane]) -> None:
         """Work these lanes at once, and ask the server again if it was away."""

@@ -3,6 +3,7 @@
 CommandError            an expected failure: its text is one line that says what to do
 ├── ConfigError         a setting is wrong (config.py)
 ├── NoDaemon            nobody answers at the socket (control_client.py)
+│   └── ClosedToUser    there is a daemon, and its socket is not for this user
 └── DaemonRefused       the daemon answered, and said no (control_client.py)
 """
 

@@ -6,10 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mlflow_relay_daemon.access import RUNS_PER_USER_MAX, Access, NotYours, private_access
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
@@ -17,6 +18,7 @@ from mlflow_relay_daemon.lane import Lane
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.spool.card import Card, SessionCard
@@ -41,6 +43,11 @@ class Hosted:
     letters: DeadLetters
     lane: Lane | None  #: None: this daemon is offline
 
+    @property
+    def owner(self) -> int | None:
+        """The uid of the user whose run it is; None: the daemon's own."""
+        return self.run.card.uid
+
 
 class Runs:
     """All runs; finds or makes what a session asks for.
@@ -48,6 +55,7 @@ class Runs:
     Args:
         sink, breaker, delivery: None: offline, nothing is delivered.
         artifact_wait_s: how long the end of a run waits for its artifacts.
+        access: None: of one user.
     """
 
     def __init__(
@@ -59,7 +67,9 @@ class Runs:
         lineage_params: LineageParams | None = None,
         *,
         artifact_wait_s: float = 0.0,
+        access: Access | None = None,
     ) -> None:
+        self.access = access or private_access()
         self._artifact_wait_s = artifact_wait_s
         self.uploads: Uploads | None = None  #: set by the service, unless it is offline
         self._lineage_params = lineage_params or LineageParams()
@@ -70,24 +80,28 @@ class Runs:
         for run in spool.runs.values():
             self._host(run)
 
-    def attach(self, attachment: Attachment) -> Hosted:
+    def attach(self, attachment: Attachment, uid: int | None = None) -> Hosted:
         """Return the run of a session that attaches; run and session are on the disk.
 
-        Raises: OSError: they are not; RunLeftAlone.
+        Args: uid: of the session's process; None: not told.
+        Raises: OSError: they are not; RunLeftAlone; NotYours: the run is another user's.
         """
-        return self.attach_all([attachment])
+        return self.attach_all([attachment], uid)
 
-    def attach_all(self, attachments: Sequence[Attachment]) -> Hosted:
-        """Attach sessions of one run, at least one: one card, one fsync for all of them.
+    def attach_all(self, attachments: Sequence[Attachment], uid: int | None = None) -> Hosted:
+        """Attach sessions of one run and user, at least one: one card, one fsync for all of them.
 
         The card has every session of the run in it: hundreds of ranks that come together, each
         with a card of its own, would cost the square of their number.
 
-        Raises: OSError: none of them is on the disk; RunLeftAlone.
+        Raises: OSError: none of them is on the disk; RunLeftAlone; NotYours.
         """
+        for each in attachments:
+            self._check_owner(each, uid)
         hosted = self.by_id.get(attachments[0].run_id)
         if hosted is None:
-            hosted = self._host(self.spool.open_run(attachments[0].new_card()))
+            card = replace(attachments[0].new_card(), uid=uid)
+            hosted = self._host(self.spool.open_run(card))
         run = hosted.run
         with run.lock:
             changes = [_enter(run.card, each) for each in attachments]
@@ -112,6 +126,31 @@ class Runs:
         self.notify(hosted)
         return hosted
 
+    def of_user(self, uid: int | None) -> list[Hosted]:
+        """Return the runs that this user may see."""
+        return [each for each in list(self.by_id.values()) if self.access.may(uid, each.owner)]
+
+    def _check_owner(self, attachment: Attachment, uid: int | None) -> None:
+        """Raises: NotYours: the session would write to a run of another user."""
+        if self.access.is_admin(uid):
+            return
+        if uid is None:
+            raise NotYours("this daemon serves several users, and cannot tell which one asks")
+        written = {attachment.run_id}
+        if attachment.resume_mode == "same":
+            written.add(attachment.resume)
+        count = 0
+        for each in list(self.by_id.values()):
+            is_meant = not written.isdisjoint((each.run.card.run_id, each.run.card.mlflow_run_id))
+            if is_meant and not self.access.may(uid, each.owner):
+                raise NotYours(
+                    "this run is another user's at this daemon: choose another run key, or resume "
+                    "it as a child"
+                )
+            count += each.owner == uid and not each.run.card.is_over
+        if attachment.run_id not in self.by_id and count >= RUNS_PER_USER_MAX:
+            raise NotYours(f"uid {uid} has {count} runs here that have not ended")
+
     def append(self, hosted: Hosted, frames: Sequence[Arrival]) -> None:
         """Append frames to a run; they are on the disk when this returns.
 
@@ -121,11 +160,15 @@ class Runs:
             self.spool.check_space(sum(len(frame) for _, frame in frames))
             hosted.run.append(frames)
         except OSError:
-            self.is_full, self._full_s = True, time.monotonic()
+            self.note_full()
             raise
         if self.is_full:
             self._take_again()
         self.notify(hosted)
+
+    def note_full(self) -> None:
+        """Something could not be stored."""
+        self.is_full, self._full_s = True, time.monotonic()
 
     def look_for_space(self) -> None:
         """See whether a full disk has space again, though no record comes that would tell."""
@@ -207,6 +250,7 @@ class Runs:
                 resolver,
                 letters,
                 self._lineage_params,
+                TerminalOutput(run),
                 on_news=self._spread_news,
                 on_full=self.spool.reserve.spend,
             )

@@ -26,6 +26,13 @@ from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import read_frame
 from mlflow_relay.paths import private_dir
+from mlflow_relay_daemon.access import (
+    SESSIONS_PER_USER_MAX,
+    Access,
+    NotYours,
+    peer_uid,
+    private_access,
+)
 from mlflow_relay_daemon.attachment import Attachment, read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
@@ -46,6 +53,7 @@ class Said(NamedTuple):
     """A message of a session."""
 
     peer: bytes  #: ZeroMQ routing id
+    uid: int | None  #: of the process at the other end
     payload: bytes
 
 
@@ -54,6 +62,7 @@ class LiveSession:
     """A session that is attached."""
 
     peer: bytes  #: its ZeroMQ routing id; a session is who attached it last
+    uid: int | None  #: a routing id may be taken over by the next who connects, a uid may not
     hosted: Hosted
     heard_s: float
 
@@ -64,6 +73,8 @@ class Intake:
     Args:
         socket_path: made here, for this user alone.
         group_bytes_max: bytes that share one fdatasync, at most.
+        access: None: of one user.
+        gid: of the group whose members may connect, too.
     """
 
     def __init__(
@@ -73,9 +84,13 @@ class Intake:
         control: Control,
         counters: Counters,
         group_bytes_max: int,
+        *,
+        access: Access | None = None,
+        gid: int | None = None,
     ) -> None:
+        self._access, self._gid = access or private_access(), gid
         self._runs, self._control, self._counters = runs, control, counters
-        self._group_bytes_max = group_bytes_max
+        self.group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
         self._untold: set[bytes] = set()  # sessions that do not know their MLflow run id yet
         self._full_until_s = 0.0
@@ -129,8 +144,15 @@ class Intake:
 
     def _bind(self) -> None:
         self._endpoint = f"ipc://{self._path}"
-        self._socket.bind(self._endpoint)
-        os.chmod(self._path, 0o600)
+        before = os.umask(0o177)  # nobody else may connect before the next lines have been run
+        try:
+            self._socket.bind(self._endpoint)
+        finally:
+            os.umask(before)
+        if self._gid is not None:
+            if self._path.stat().st_gid != self._gid:
+                os.chown(self._path, -1, self._gid)
+            os.chmod(self._path, 0o660)
 
     def forget(self, session: bytes) -> None:
         """The session is over."""
@@ -150,7 +172,7 @@ class Intake:
         """
         group: list[list[zmq.Frame]] = []
         size = 0
-        while size < self._group_bytes_max:
+        while size < self.group_bytes_max:
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
@@ -166,18 +188,18 @@ class Intake:
         for parts in group:
             with self._guarded():
                 routing_id, what, payload = parts
-                peer, kind = routing_id.bytes, what.bytes
+                peer, kind, uid = routing_id.bytes, what.bytes, peer_uid(routing_id)
                 if len(payload) > messages.MESSAGE_BYTES_MAX:
                     raise FormatError(f"a message of {len(payload)} bytes")
                 if kind == messages.DATA:
-                    self._sort(peer, payload.buffer, arrivals)
+                    self._sort(peer, uid, payload.buffer, arrivals)
                 elif kind == messages.ATTACH:
-                    comers.append(Said(peer, payload.bytes))
+                    comers.append(Said(peer, uid, payload.bytes))
                 elif kind == messages.DETACH:
-                    goers.append(Said(peer, payload.bytes))
+                    goers.append(Said(peer, uid, payload.bytes))
                 else:
                     self._settle(arrivals, comers, goers)
-                    self._answer(peer, kind, payload.bytes)
+                    self._answer(peer, uid, kind, payload.bytes)
         self._settle(arrivals, comers, goers)
 
     def _settle(self, arrivals: Arrivals, comers: list[Said], goers: list[Said]) -> None:
@@ -194,17 +216,17 @@ class Intake:
         """One peer's message, whatever it does to us, must not end the service of the rest."""
         try:
             yield
-        except (FormatError, ValueError) as error:
+        except (FormatError, NotYours, ValueError) as error:
             self._counters.count("bad_messages", error)
         except Exception as error:
             log.exception("a message was not served")
             self._counters.count("bad_messages", repr(error))
 
-    def _sort(self, peer: bytes, payload: memoryview, arrivals: Arrivals) -> None:
+    def _sort(self, peer: bytes, uid: int | None, payload: memoryview, arrivals: Arrivals) -> None:
         """Put a frame with those of its session, if it is the one that comes next."""
         header = read_frame(payload)
-        session = self.sessions.get(header.session)
-        if session is None or session.peer != peer:
+        session = self._session_of(peer, uid, header.session)
+        if session is None:
             self._send(peer, messages.UNKNOWN, header.session)
             return
         session.heard_s = time.monotonic()
@@ -246,12 +268,14 @@ class Intake:
         try:
             self._runs.append(hosted, frames)
         except OSError as error:
-            self._counters.count(
-                "fsync_failures", f"not written, not acknowledged: {error.strerror or error}"
-            )
+            self._note_full("not written, not acknowledged", error)
             self._full_until_s = time.monotonic() + FULL_PAUSE_S
             return False
         return True
+
+    def _note_full(self, what: str, error: OSError) -> None:
+        self._counters.count("fsync_failures", f"{what}: {error.strerror or error}")
+        self._runs.note_full()
 
     def _ack(self, session: bytes) -> None:
         live = self.sessions[session]
@@ -260,16 +284,23 @@ class Intake:
 
     # ── answer ──
 
-    def _answer(self, peer: bytes, kind: bytes, payload: bytes) -> None:
+    def _session_of(self, peer: bytes, uid: int | None, name: bytes) -> LiveSession | None:
+        """Return the session if it is this peer's."""
+        session = self.sessions.get(name)
+        if session is None or session.peer != peer or session.uid != uid:
+            return None
+        return session
+
+    def _answer(self, peer: bytes, uid: int | None, kind: bytes, payload: bytes) -> None:
         if kind == messages.ALIVE:
             name = messages.unpack_session(payload)
-            session = self.sessions.get(name)
-            if session is None or session.peer != peer:
+            session = self._session_of(peer, uid, name)
+            if session is None:
                 self._send(peer, messages.UNKNOWN, name)
             else:
                 session.heard_s = time.monotonic()
         elif kind == messages.CONTROL:
-            reply = self._control.answer(peer, payload)
+            reply = self._control.answer(peer, payload, uid)
             if reply is not None:
                 self._send(peer, messages.REPLY, reply)
         else:
@@ -277,34 +308,35 @@ class Intake:
 
     def _attach(self, comers: list[Said]) -> None:
         """Let sessions in; those of one run share one card, and its fsync."""
-        by_run: dict[str, list[tuple[Said, Attachment]]] = {}
+        by_run: dict[tuple[str, int | None], list[tuple[Said, Attachment]]] = {}
         for said in comers:
             with self._guarded():
                 try:
                     attachment = read_attachment(said.payload)
-                except FormatError as error:
+                    self._check_session(attachment.session, said.uid)
+                except (FormatError, NotYours) as error:
                     self._refuse(said, error)
                     raise
-                by_run.setdefault(attachment.run_id, []).append((said, attachment))
+                by_run.setdefault((attachment.run_id, said.uid), []).append((said, attachment))
         for group in by_run.values():
             with self._guarded():
                 self._attach_to_run(group)
 
     def _attach_to_run(self, group: list[tuple[Said, Attachment]]) -> None:
         try:
-            hosted = self._runs.attach_all([attachment for _, attachment in group])
-        except RunLeftAlone as error:
+            hosted = self._runs.attach_all([attachment for _, attachment in group], group[0][0].uid)
+        except (RunLeftAlone, NotYours) as error:
             for said, _ in group:
                 self._refuse(said, error)
             raise
         except OSError as error:
-            self._counters.count("fsync_failures", f"no session attached: {error.strerror}")
+            self._note_full("no session attached", error)
             return  # they ask again
         for said, attachment in group:
-            self._let_in(said.peer, attachment.session, hosted)
+            self._let_in(said, attachment.session, hosted)
 
-    def _let_in(self, peer: bytes, name: bytes, hosted: Hosted) -> None:
-        self.sessions[name] = LiveSession(peer, hosted, time.monotonic())
+    def _let_in(self, said: Said, name: bytes, hosted: Hosted) -> None:
+        self.sessions[name] = LiveSession(said.peer, said.uid, hosted, time.monotonic())
         mlflow_run_id = hosted.run.card.mlflow_run_id
         if mlflow_run_id is None:
             self._untold.add(name)
@@ -313,7 +345,18 @@ class Intake:
             "next_seq": hosted.run.next_seq(name),
             "mlflow_run_id": mlflow_run_id,
         }
-        self._send(peer, messages.ATTACHED, messages.pack_map(fields))
+        self._send(said.peer, messages.ATTACHED, messages.pack_map(fields))
+
+    def _check_session(self, name: bytes, uid: int | None) -> None:
+        """Raises: NotYours: it is another user's session, or this user has too many."""
+        known = self.sessions.get(name)
+        if known is not None and known.uid != uid:
+            raise NotYours("this session is another user's")
+        count = sum(each.uid == uid for each in self.sessions.values())
+        if known is None and count >= SESSIONS_PER_USER_MAX:
+            raise NotYours(
+                f"uid {uid} has {count} sessions at this daemon: wait until some have ended"
+            )
 
     def _refuse(self, said: Said, error: Exception) -> None:
         """Tell a session why it is not taken, if it can be made out who asks."""
@@ -327,13 +370,13 @@ class Intake:
     def _detach(self, goers: list[Said]) -> None:
         """Let sessions go; those of one run share one card, and its fsync."""
         by_run: dict[str, dict[bytes, int]] = {}
-        for peer, payload in goers:
+        for peer, uid, payload in goers:
             with self._guarded():
                 name, lost = messages.unpack_detach(payload)
-                session = self.sessions.get(name)
-                if session is None and self._is_closed(name):
+                session = self._session_of(peer, uid, name)
+                if name not in self.sessions and self._is_closed(name):
                     self._send(peer, messages.DETACHED, name)  # the answer was lost
-                elif session is None or session.peer != peer:
+                elif session is None:
                     self._send(peer, messages.UNKNOWN, name)
                 else:
                     by_run.setdefault(session.hosted.run.card.run_id, {})[name] = lost
@@ -345,7 +388,7 @@ class Intake:
         try:
             self._runs.close_all(hosted, lost_by_session)
         except OSError as error:
-            self._counters.count("fsync_failures", f"no session closed: {error.strerror}")
+            self._note_full("no session closed", error)
             return  # they ask again
         for name in lost_by_session:
             self._send(self.sessions[name].peer, messages.DETACHED, name)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from mlflow_relay import journal_files
+from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import ENTRY_BYTES
 from mlflow_relay.journal_files import BASE_SUFFIX, ENTRIES_AT, ENTRIES_SUFFIX, NEW_SUFFIX
 from mlflow_relay.messages import SESSION_BYTES
+from mlflow_relay_daemon.foreign import open_foreign
 
 
 class Contents(NamedTuple):
@@ -54,28 +57,40 @@ def entries_of(folder: Path, session: bytes) -> list[Path]:
         return first_seq is None, first_seq or 0, path.name
 
     found = folder.glob(f"{session.hex()}.*{ENTRIES_SUFFIX}")
-    return sorted((each for each in found if each.is_file()), key=place)
+    plain = (each for each in found if stat.S_ISREG(each.lstat().st_mode))
+    return sorted(plain, key=place)
 
 
 def first_seq_of(path: Path) -> int | None:
     """Return the first sequence number of an entries file; None: a spare, or not to be told."""
-    with path.open("rb") as file:
-        return journal_files.first_seq_of(file.read(ENTRIES_AT))
+    try:
+        return journal_files.first_seq_of(_head_of(path, ENTRIES_AT))
+    except FormatError:
+        return None
 
 
 def holds_nothing(paths: Iterable[Path]) -> bool:
     """Return whether no record was ever put into these files, or into what they would become."""
     for path in paths:
-        if path.name.endswith(ENTRIES_SUFFIX):
-            with path.open("rb") as file:
-                if not journal_files.holds_nothing(file.read(ENTRIES_AT + ENTRY_BYTES)):
-                    return False
+        is_entries = path.name.endswith(ENTRIES_SUFFIX)
+        head = _head_of(path, ENTRIES_AT + ENTRY_BYTES) if is_entries else b""
+        if is_entries and not journal_files.holds_nothing(head):
+            return False
     return True
 
 
 def age_s(paths: Iterable[Path], now_s: float) -> float:
     """Return for how long none of these files was changed."""
     return now_s - max(path.stat().st_mtime for path in paths)
+
+
+def _head_of(path: Path, size: int) -> bytes:
+    """Return a file's first bytes. Raises: FormatError: it is a link, a pipe, ...; OSError."""
+    fd = open_foreign(path)
+    try:
+        return os.pread(fd, size, 0)
+    finally:
+        os.close(fd)
 
 
 def _session_of(text: str) -> bytes | None:

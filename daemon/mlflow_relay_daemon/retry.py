@@ -80,7 +80,7 @@ class Breaker:
         rng: random.Random | None = None,
     ) -> None:
         self._base_s = base_s
-        self._cap_s = cap_s
+        self.cap_s = cap_s
         self._retry_after_cap_s = retry_after_cap_s
         self._rng = rng or random.Random()
         # Guards everything below; notified at every change, since any change may let a lane go.
@@ -90,6 +90,7 @@ class Breaker:
         self._state = "unknown"
         self._since_ms = _now_ms()
         self._failures = 0
+        self.failures_total = 0  #: requests without an answer, ever
         self._last_error = ""
         self._next_try_s = 0.0  # on time.monotonic's clock
         self._try_at_once = False
@@ -193,6 +194,7 @@ class Breaker:
 
     def _note_silence(self, lane: object, error: ServerAway) -> None:
         with self._changed:
+            self.failures_total += 1
             is_news = self._state != "down" or self._probe is lane
             if is_news:
                 self._failures += 1
@@ -220,7 +222,7 @@ class Breaker:
         if self._try_at_once:
             return 0.0
         asked_s = min(error.retry_after_s or 0.0, self._retry_after_cap_s)
-        return asked_s + backoff_s(self._failures, self._rng, self._base_s, self._cap_s)
+        return asked_s + backoff_s(self._failures, self._rng, self._base_s, self.cap_s)
 
     def _enter(self, state: str) -> None:
         if state != self._state:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,25 +15,27 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlflow_relay._version import __version__
-from mlflow_relay.errors import RelayError
-from mlflow_relay.paths import journal_dir, private_dir
+from mlflow_relay.paths import journal_dir
+from mlflow_relay_daemon import opening, systemd
+from mlflow_relay_daemon.access import Access, gid_of
 from mlflow_relay_daemon.adoption import Watcher
+from mlflow_relay_daemon.combiner import Combiner
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control import Control
-from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.counters import Counters, Durations
 from mlflow_relay_daemon.delivery import Delivery
-from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
+from mlflow_relay_daemon.exits import DEGRADED, DONE
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
-from mlflow_relay_daemon.lease import RUNTIME_LOCK, is_leased
-from mlflow_relay_daemon.logs import set_up_logging
+from mlflow_relay_daemon.lease import is_leased
+from mlflow_relay_daemon.logs import say_repeats, set_up_logging
+from mlflow_relay_daemon.own_records import OwnRecords
+from mlflow_relay_daemon.reload import take_over
 from mlflow_relay_daemon.retry import Breaker
-from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.sinks.redact import redact_uri
-from mlflow_relay_daemon.spool.disk import Disk, lock_file
-from mlflow_relay_daemon.spool.spool import Spool, SpoolTaken
 from mlflow_relay_daemon.status import StatusReader
+from mlflow_relay_daemon.words import plural
 
 if TYPE_CHECKING:
     from mlflow_relay_daemon.api.http import HttpServer
@@ -53,23 +53,26 @@ SWITCH_INTERVAL_S = 0.0005
 LOOP_TIMEOUT_S = 5.0
 
 
-def run_daemon(config: Config) -> int:
+def run_daemon(config: Config, load_again: Callable[[], Config] | None = None) -> int:
     """Serve until told to stop; return an exit code.
 
+    Args: load_again: reads the settings anew, at SIGHUP; raises ConfigError.
     Raises: CommandError: it cannot start; says what to do.
     """
     set_up_logging(config.log_level, config.log_format)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    _allow_many_files()
+    opening.allow_many_files()
     service = Service(config)
+    service.load_again = load_again
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, service.request_stop)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a login shell that ends is no reason to leave
+    signal.signal(signal.SIGHUP, service.request_reload)
     try:
         service.serve()
         return service.drain()
     finally:
         service.close()
+        say_repeats(at_once=True)
 
 
 class Service:
@@ -80,24 +83,28 @@ class Service:
 
     def __init__(self, config: Config) -> None:
         self.config = self._config = config
+        self.load_again: Callable[[], Config] | None = None
+        self._is_to_reload = False
         self._stopped_s: float | None = None  # when it was told to leave
         self._is_leased = True
-        self._uploads: Uploads | None = None
         self._looked_s = self._busy_s = time.monotonic()
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        self._runtime_lock = _lock_runtime_folder(config)
-        self._spool = _open_spool(config)
+        self._runtime_lock = opening.lock_runtime_folder(config)
+        self._spool = opening.open_spool(config)
+        self._uploads: Uploads | None = None
         self._look_after_files()
         self._delivery = None
         sink = breaker = None
         if not config.offline:
-            sink = _open_sink(config)
+            sink = opening.open_sink(config)
             breaker = Breaker(cap_s=config.retry_wait_s_max)
             self._delivery = Delivery(
                 breaker, threads=config.delivery_threads, batch_age_s=config.batch_age_s
             )
         counters = Counters()
         names = LineageParams(config.lineage_params or (), config.lineage_fork_params or ())
+        gid = gid_of(config.group)
+        access = Access(os.getuid(), is_shared=gid is not None)
         self.runs = self._runs = Runs(
             self._spool,
             sink,
@@ -105,18 +112,26 @@ class Service:
             self._delivery,
             names,
             artifact_wait_s=config.artifact_wait_s,
+            access=access,
         )
-        self._uploads = self._runs.uploads = sink and _open_uploads(config, self._runs, sink)
+        self._uploads = self._runs.uploads = sink and opening.open_uploads(config, self._runs, sink)
         self._watcher = Watcher(journal_dir(config.socket), self._runs, counters)
+        self._combiner = Combiner(self._runs, OwnRecords(self._runs), config.reduce_deadline_s)
+        self._node_metrics = opening.open_node_metrics(config, self._runs, self._watcher)
         self._status = StatusReader(config, self._runs, self._watcher, counters)
         control = Control(
-            self._runs,
-            self._read_status,
-            self._look,
-            self._watcher.in_journals,
-            self._open_door,
+            self._runs, self.read_status, self._look, self._watcher.in_journals, self._open_door
         )
-        self._intake = Intake(config.socket, self._runs, control, counters, config.group_bytes_max)
+        self._intake = Intake(
+            config.socket,
+            self._runs,
+            control,
+            counters,
+            config.group_bytes_max,
+            access=access,
+            gid=gid,
+        )
+        self.status_for = control.status_for
         control.answer_later = self._intake.answer_later
         self._door_lock = threading.Lock()
         self._http = self._open_http()
@@ -136,10 +151,11 @@ class Service:
         )
         if self._http is not None:
             self._http.start()
-        _notify_systemd("READY=1")
+        systemd.notify("READY=1")
         while not self._is_over():
             self._turn()
-        _notify_systemd("STOPPING=1")
+        systemd.notify("STOPPING=1")
+        systemd.extend_timeout(self._config.drain_timeout_s)
 
     def drain(self) -> int:
         """Deliver what is left, for as long as the drain may take; return an exit code."""
@@ -161,10 +177,10 @@ class Service:
         files = sum(len(each.run.artifacts.waiting) for each in hosted)
         if left or files:
             log.warning(
-                "%d records and %d artifacts are not in MLflow yet; they are kept in %s and "
-                "delivered at the next start",
+                "%d records%s are not in MLflow yet; they are kept in %s and delivered at the next "
+                "start",
                 left,
-                files,
+                f" and {plural(files, 'artifact')}" if files else "",
                 self._config.spool,
             )
         return DONE if not (left or files) or self._config.offline else DEGRADED
@@ -172,6 +188,11 @@ class Service:
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
         """Signal handler: only sets a flag."""
         self._stopped_s = self._stopped_s or time.monotonic()
+        self._intake.wake()
+
+    def request_reload(self, _signum: int, _frame: FrameType | None) -> None:
+        """Signal handler: only sets a flag. A login shell that ends sends this, too."""
+        self._is_to_reload = True
         self._intake.wake()
 
     def in_loop(self, function: Callable[[], T]) -> T:
@@ -186,6 +207,14 @@ class Service:
             return answer.result(LOOP_TIMEOUT_S)
         finally:
             answer.cancel()  # nobody waits for it any more
+
+    def delivery_failures(self) -> int:
+        """Return how many requests the server did not answer."""
+        return 0 if self._runs.breaker is None else self._runs.breaker.failures_total
+
+    def sync_times(self) -> Durations:
+        """Return how long the spool's disk took."""
+        return self._spool.disk.sync_times
 
     @property
     def is_full(self) -> bool:
@@ -210,25 +239,23 @@ class Service:
     def _turn(self, wait_s: float = LOOK_EVERY_S) -> None:
         self._intake.turn(wait_s)
         self._answer_threads()
+        if self._is_to_reload:
+            self._is_to_reload = False
+            self._reload()
         if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
             if self._intake.bind_again():
                 log.error("the socket %s was gone and is made anew", self._config.socket)
             self._look()
+            if self._node_metrics is not None and not self._watcher.is_behind:
+                self._node_metrics.look(self._looked_s)
+            if self._delivery is not None:
+                self._combiner.look(self._looked_s)
             self._runs.return_space()
             self._runs.look_for_space()
             self._look_after_files()
+            say_repeats()
             self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
-            _notify_systemd("WATCHDOG=1")
-
-    def _answer_threads(self) -> None:
-        while self._asked:
-            answer, function = self._asked.popleft()
-            if not answer.set_running_or_notify_cancel():
-                continue
-            try:
-                answer.set_result(function())
-            except Exception as error:  # noqa: BLE001  # who asked is to know
-                answer.set_exception(error)
+            systemd.notify("WATCHDOG=1")
 
     def _look_after_files(self) -> None:
         try:
@@ -242,7 +269,8 @@ class Service:
         """Return whether lanes and artifacts have nothing to do."""
         if self._delivery is None or self._uploads is None:
             return True
-        return self._delivery.is_idle() and self._uploads.is_idle()
+        is_idle = self._delivery.is_idle() and not self._combiner.is_waiting()
+        return is_idle and self._uploads.is_idle()
 
     def _stop_delivery(self) -> None:
         if self._uploads is not None:
@@ -250,13 +278,44 @@ class Service:
         if self._delivery is not None:
             self._delivery.stop()
 
+    def _answer_threads(self) -> None:
+        while self._asked:
+            answer, function = self._asked.popleft()
+            if not answer.set_running_or_notify_cancel():
+                continue
+            try:
+                answer.set_result(function())
+            except Exception as error:  # noqa: BLE001  # who asked is to know
+                answer.set_exception(error)
+
+    def _reload(self) -> None:
+        """Read the settings anew, take over what can be, and ask the server again: a token may be
+        new."""
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        if self.load_again is not None:
+            self._config = self.config = take_over(self._config, self.load_again, self._apply)
+        if self._delivery is not None:
+            self._delivery.deliver_now([])
+        systemd.notify("READY=1")
+
+    def _apply(self, config: Config) -> None:
+        set_up_logging(config.log_level, config.log_format)
+        self._spool.bytes_max = config.spool_bytes_max
+        self._spool.free_bytes_min = config.free_bytes_min
+        self._intake.group_bytes_max = config.group_bytes_max
+        if self._delivery is not None:
+            self._delivery.batch_age_s = config.batch_age_s
+        if self._runs.breaker is not None:
+            self._runs.breaker.cap_s = config.retry_wait_s_max
+
     def _look(self) -> None:
         self._looked_s = now_s = time.monotonic()
         heard_s = {name: each.heard_s for name, each in self._intake.sessions.items()}
         for session in self._watcher.look(heard_s, now_s):
             self._intake.forget(session)
 
-    def _read_status(self) -> dict[str, Any]:
+    def read_status(self) -> dict[str, Any]:
+        """Return the status object. In the loop's thread."""
         return self._status.read(
             sessions_open=len(self._intake.sessions),
             is_full=self._runs.is_full,
@@ -316,96 +375,3 @@ class Service:
         if self._intake.sessions or not self._is_delivered():
             self._busy_s = time.monotonic()
         return time.monotonic() - self._busy_s >= limit_s
-
-
-# ── the start ──
-
-
-def _allow_many_files() -> None:
-    """A node may have hundreds of ranks, each with a connection and a journal: two descriptors."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _lock_runtime_folder(config: Config) -> int:
-    """Two daemons at one socket would take it from each other; two sockets in one folder would
-    share the journals beside them."""
-    try:
-        private_dir(config.socket.parent)
-        lock = lock_file(config.socket.parent / RUNTIME_LOCK)
-    except (RelayError, OSError) as error:
-        why = error.strerror if isinstance(error, OSError) else str(error)
-        raise CommandError(f"{config.socket}: {why}: choose another --socket") from error
-    if config.socket.exists() and not config.socket.is_socket():
-        raise CommandError(  # ZeroMQ would remove a file
-            f"{config.socket} is there and no socket: choose another --socket, or remove it"
-        )
-    if lock is None:
-        raise CommandError(
-            f"another daemon serves {config.socket.parent}: `mlflow-relay status` shows it; stop "
-            "that one first, or choose a --socket in another folder, and another --spool"
-        )
-    return lock
-
-
-def _open_spool(config: Config) -> Spool:
-    try:
-        return Spool(
-            Disk(),
-            config.spool,
-            segment_bytes_max=config.segment_bytes_max,
-            bytes_max=config.spool_bytes_max,
-            free_bytes_min=config.free_bytes_min,
-        )
-    except SpoolTaken:
-        raise CommandError(
-            f"another daemon writes to the spool {config.spool}: stop that one first, or choose "
-            "another --spool"
-        ) from None
-    except OSError as error:
-        raise CommandError(
-            f"the spool {config.spool} cannot be written: {error.strerror}: mend that, or choose "
-            "another --spool"
-        ) from error
-
-
-def _open_uploads(config: Config, runs: Runs, sink: Sink) -> Uploads:
-    """Nothing is started or connected before there is an artifact."""
-    from mlflow_relay_daemon.artifacts.helper_client import Helper
-    from mlflow_relay_daemon.artifacts.stores import Stores
-    from mlflow_relay_daemon.artifacts.uploads import Uploads
-    from mlflow_relay_daemon.sinks.rest import RestSink
-
-    helper = Helper(config.tracking_uri, config.artifact_uploads)
-    return Uploads(
-        runs,
-        sink,
-        Stores(config.tracking_uri, is_direct=isinstance(sink, RestSink), helper=helper),
-        threads=config.artifact_uploads,
-        bytes_per_s=config.artifact_bytes_per_s,
-        wait_s_max=config.retry_wait_s_max,
-    )
-
-
-def _open_sink(config: Config) -> Any:
-    from mlflow_relay_daemon.sinks.open import open_sink
-
-    try:
-        return open_sink(config.tracking_uri, timeout_s=config.request_timeout_s)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
-def _notify_systemd(message: str) -> None:
-    """Speak sd_notify(3) if there is somebody to listen."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(message.encode(), address)
-    except OSError as error:
-        log.debug("systemd does not listen: %s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -60,6 +61,7 @@ class Setting:
             "such as 512MB, 2GiB or 1_000_000",
             "count": f"a whole number from {self.least:g} to {self.most:g}",
             "choice": " or ".join(self.choices),
+            "group": "the name or number of a group of this machine",
             "names": "names with commas between them, such as training.run_id, metadata.run_id",
         }[self.kind]
         return words + (", or none" if self.optional else "")
@@ -130,6 +132,16 @@ def _parse_choice(setting: Setting, raw: object) -> str:
     return raw.strip().lower()
 
 
+def _parse_group(setting: Setting, raw: object) -> str:
+    if isinstance(raw, bool) or not isinstance(raw, (str, int)):
+        raise ValueError
+    name = str(raw).strip()
+    try:
+        return name if name.isdecimal() and int(name) < 1 << 32 else grp.getgrnam(name).gr_name
+    except KeyError:
+        raise ValueError from None
+
+
 def _parse_names(setting: Setting, raw: object) -> tuple[str, ...]:
     names = raw.split(",") if isinstance(raw, str) else raw
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
@@ -146,6 +158,7 @@ _PARSERS: Mapping[str, Callable[[Setting, object], object]] = MappingProxyType(
         "count": _parse_count,
         "bytes": _parse_bytes,
         "choice": _parse_choice,
+        "group": _parse_group,
         "names": _parse_names,
     }
 )

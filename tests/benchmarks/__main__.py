@@ -11,11 +11,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.benchmarks import report
 from tests.benchmarks.bench import CHECKOUT, OWN, Bench
-from tests.benchmarks.outcome import Outcome, to_json
+from tests.benchmarks.outcome import Outcome, Target, to_json
 
 CASES = (
     *("log_call", "startup", "killed", "intake", "delivery", "footprint", "backlog", "growth"),
@@ -25,11 +26,15 @@ CASES = (
 QUICK_CASES = ("log_call", "intake", "delivery")
 #: How far a ratio of the short form may lie behind its bound: it is measured for seconds.
 QUICK_SLACK = 1.25
+#: The whole is to take 20 minutes at most: no case is begun after this time.
+BEGIN_WITHIN_S = 17 * 60
 REPORT = CHECKOUT / "docs" / "benchmarks.md"
 
 
 def main() -> int:
     options = _options()
+    # Imports are measured as an installed package has them: compiled.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     size = "quick" if options.quick else "long" if options.long else "normal"
     folder = Path(tempfile.mkdtemp(prefix="relay-bench-", dir=options.folder))
     relays = {OWN: CHECKOUT}
@@ -42,6 +47,9 @@ def main() -> int:
     try:
         for name in options.only or (QUICK_CASES if options.quick else CASES):
             case_s = time.monotonic()
+            if size == "normal" and case_s - began_s > BEGIN_WITHIN_S:
+                outcomes[name] = Outcome(skipped=["time was up"])
+                continue
             try:
                 outcomes[name] = importlib.import_module(f"tests.benchmarks.cases.{name}").run(
                     bench
@@ -54,12 +62,7 @@ def main() -> int:
             print(f"({name}: {time.monotonic() - case_s:.0f} s)\n", flush=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    behind = [
-        target
-        for outcome in outcomes.values()
-        for target in outcome.targets
-        if target.is_ratio and not target.is_met(QUICK_SLACK if options.quick else 1.0)
-    ]
+    behind = failures(outcomes.values(), QUICK_SLACK if options.quick else 1.0)
     for target in behind:
         print(f"behind: {target.what}: {target.value:.3g}, must be {target.bound}")
     if options.report:
@@ -74,6 +77,16 @@ def main() -> int:
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed or (behind and options.quick) else 0
+
+
+def failures(outcomes: Iterable[Outcome], slack: float) -> list[Target]:
+    """Return the ratios that are behind their bounds: other figures depend on the machine."""
+    return [
+        target
+        for outcome in outcomes
+        for target in outcome.targets
+        if target.is_ratio and not target.is_met(slack)
+    ]
 
 
 def _options() -> argparse.Namespace:

@@ -63,7 +63,7 @@ def postgresql(bench: Bench) -> Iterator[MlflowServer]:
         call("initdb", "-D", f"{folder}/data", "-U", "mlflow", "--auth=trust")
         call("pg_ctl", "-D", f"{folder}/data", "-o", options, "-l", f"{folder}/log", "-w", "start")
         try:
-            uri = f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
             with MlflowServer(
                 bench.scratch("server"), arguments=["--backend-store-uri", uri]
             ) as server:

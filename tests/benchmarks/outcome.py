@@ -10,12 +10,33 @@ Cell = str | float | int | None
 
 @dataclass
 class Table:
-    """Rows of text and numbers; a number is printed with three digits that count."""
+    """Rows of text and numbers; a number is printed with three digits that count.
+
+    Args: is_race: whoever has the lowest number is ahead; the report names those ahead of us.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[Cell]]
     note: str = ""
+    is_race: bool = False
+
+    def ahead_of(self, us: str) -> list[str]:
+        """Return who is ahead of us in which column, among rows with the same words in them; names
+        in brackets do not take part."""
+        found = []
+        for ours in (row for row in self.rows if row[0] == us):
+            for row in self.rows if self.is_race else ():
+                if row is ours or str(row[0]).startswith("(") or _words(row) != _words(ours):
+                    continue
+                pairs = zip(self.columns, row, ours, strict=True)
+                found += [
+                    f"{row[0]} in {column} ({their:.3g}, ours {our:.3g})"
+                    for column, their, our in pairs
+                    if isinstance(their, float | int) and isinstance(our, float | int)
+                    if their < our
+                ]
+        return found
 
 
 @dataclass
@@ -77,7 +98,15 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
 def from_json(data: dict[str, Any]) -> Outcome:
     return Outcome(
         [Table(**each) for each in data["tables"]],
-        [Plot(**each) for each in data["plots"]],
+        [Plot(**{**each, "lines": _tuples(each["lines"])}) for each in data["plots"]],
         [Target(**each) for each in data["targets"]],
         list(data["skipped"]),
     )
+
+
+def _tuples(lines: dict[str, list[list[float]]]) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(x, y) for x, y in points] for name, points in lines.items()}
+
+
+def _words(row: list[Cell]) -> list[str]:
+    return [cell for cell in row[1:] if isinstance(cell, str)]

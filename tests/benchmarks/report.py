@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.bench import OWN
 from tests.benchmarks.outcome import Cell, Outcome, Plot, Table, Target, from_json
 
 
@@ -44,6 +45,8 @@ def _page(found: dict[str, Any], outcomes: dict[str, Outcome], folder: str) -> s
         ),
         "## Targets",
         _targets(outcomes),
+        "## Where another is ahead",
+        _ahead(outcomes),
     ]
     for name, outcome in outcomes.items():
         question = importlib.import_module(f"tests.benchmarks.cases.{name}").__doc__ or name
@@ -61,6 +64,16 @@ def _targets(outcomes: dict[str, Outcome]) -> str:
         for target in outcome.targets
     ]
     return _rows(["what", "target", "measured", ""], rows)
+
+
+def _ahead(outcomes: dict[str, Outcome]) -> str:
+    lines = [
+        f"- {table.title}: {what}"
+        for outcome in outcomes.values()
+        for table in outcome.tables
+        for what in table.ahead_of(OWN)
+    ]
+    return "\n".join(lines) or "In no cell of this run."
 
 
 def _mark(target: Target) -> str:

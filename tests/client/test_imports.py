@@ -24,20 +24,40 @@ DAEMON = Path(mlflow_relay_daemon.__file__).parent
 FLOORS = [
     ["__main__", "cli", "commands", "demo"],
     ["service", "api", "importers", "sync"],
+    ["opening"],
+    ["combiner", "node_metrics", "own_records"],
     [
-        *("intake", "adoption", "control", "status", "hosted", "delivery", "lane", "sidecar"),
+        "intake",
+        "adoption",
+        "control",
+        "status",
+        "hosted",
+        "delivery",
+        "lane",
+        "sidecar",
         "artifacts",
     ],
-    ["attachment", "dead_letters", "bisect_refusal", "batch", "retry", "sinks", "spool", "lease"],
-    ["states", "config", "control_client", "journal_folder"],
-    ["setting", "counters"],
-    ["exits", "logs", "witness", "words"],
+    [
+        "attachment",
+        "dead_letters",
+        "bisect_refusal",
+        "batch",
+        "retry",
+        "sinks",
+        "spool",
+        "lease",
+        "reload",
+        "reduction",
+    ],
+    ["states", "config", "control_client", "journal_folder", "foreign"],
+    ["setting", "counters", "access", "sensors", "screen"],
+    ["exits", "logs", "systemd", "witness", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.
 LOWER = {"sinks.redact": 6}
 #: What a pure room may import from the standard library: nothing that reads, writes or waits.
 PURE = {
-    *("__future__", "base64", "collections", "dataclasses", "datetime", "email", "enum"),
+    *("__future__", "base64", "codecs", "collections", "dataclasses", "datetime", "email", "enum"),
     "functools",
     *(
         "itertools",

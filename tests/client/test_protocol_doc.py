@@ -120,7 +120,17 @@ def _both_ways() -> str:
 
 
 def test_every_record_kind_is_described():
-    kinds = {"METRICS", "PARAMS", "TAGS", "END", "CALL", "ARTIFACT"}
+    kinds = {
+        "METRICS",
+        "PARAMS",
+        "TAGS",
+        "END",
+        "ARTIFACT",
+        "REDUCE",
+        "COMBINED",
+        "TERMINAL",
+        "CALL",
+    }
     assert {kind.__name__.upper() for kind in records.Record.__args__} == kinds
     described = {
         cells[1]: int(cells[0]) for cells in rows(section("6. Records")) if cells[0].isdigit()

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
 
+from mlflow_relay import records
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import RECORD_BYTES_MAX
 from mlflow_relay.records import (
@@ -370,6 +371,34 @@ def test_a_damaged_record_is_a_record_of_the_right_types_or_a_format_error(sampl
 
 
 @pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
+def test_what_keys_that_were_met_before_stand_in_is_read_as_if_they_were_new(sample):
+    def read(data: bytes) -> tuple[type, Any]:
+        try:
+            record = unpack_record(data)
+        except FormatError as error:
+            return FormatError, str(error)
+        return type(record), [
+            list(field) if isinstance(field, tuple) else field for field in record
+        ]
+
+    for at in range(len(sample)):
+        for value in (0, 1, 0x7F, 0x80, 0xC4, 0xD3, 0xFF, sample[at] ^ 1):
+            data = sample[:at] + bytes((value,)) + sample[at + 1 :]
+            records._known_keys.clear()
+            expected = read(data)
+            unpack_record(sample)
+
+            assert repr(read(data)) == repr(expected)  # repr: NaN is no NaN
+
+
+def test_keys_made_up_at_every_call_do_not_fill_the_reader_s_memory():
+    packer = MetricsPacker()
+    for index in range(3 * records._LAYOUTS_MAX):
+        assert unpack_record(packer.pack({f"key_{index}": 1.0}, index, NOW_MS)).steps == [index]  # type: ignore[union-attr]
+    assert len(records._known_keys) <= records._LAYOUTS_MAX
+
+
+@pytest.mark.parametrize("sample", SAMPLES.values(), ids=SAMPLES)
 def test_a_truncated_or_longer_record_is_a_format_error(sample):
     for end in range(len(sample)):
         with pytest.raises(FormatError):
@@ -402,7 +431,7 @@ def test_random_bytes_are_no_record(data):
 
 
 @given(
-    kind=st.sampled_from([1, 2, 3, 4, 5, True, 1.0]),
+    kind=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, True, 1.0]),
     time=SCALARS,
     rest=st.lists(VALUES, max_size=4),
 )
@@ -441,6 +470,16 @@ def test_a_message_that_only_looks_like_a_record_is_a_format_error(kind, time, r
         [4, NOW_MS, "FINISHED", None],
         [4, True, "FINISHED", ""],
         [5, NOW_MS, {}],
+        [6, NOW_MS, 1, "median", ["a"], bytes(8)],
+        [8, NOW_MS, "text"],
+        [8, True, b"bytes"],
+        [6, NOW_MS, 1.0, "mean", ["a"], bytes(8)],
+        [6, NOW_MS, 1, "mean", "a", bytes(8)],
+        [6, NOW_MS, 1, "mean", ["a"], [1.0]],
+        [6, NOW_MS, 1, "mean", ["a", "b"], bytes(8)],
+        [7, NOW_MS, 1, "mean", None, ["a"], bytes(8), 0, 0],
+        [7, NOW_MS, 1, "mean", "", ["a"], bytes(8), True, 0],
+        [7, NOW_MS, 1, "mean", "", ["a"], bytes(8)],
         [1],
         [],
         {},

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from mlflow_relay.errors import RelayError
 from mlflow_relay.frames import HEADER_BYTES, iter_entries
 from mlflow_relay.journal_files import salvage_entries
 from mlflow_relay.launch import relay_run_id
-from mlflow_relay.records import End, Metrics, Params, Record, Tags, unpack_record
+from mlflow_relay.records import End, Metrics, Params, Record, Reduce, Tags, unpack_record
 from mlflow_relay.run import Run, start_run
 from mlflow_relay.sender import State
 from tests.support.fake_daemon import FakeDaemon
@@ -43,6 +44,7 @@ def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_RELAY_TERMINAL", "none")  # this process is pytest's
 
 
 @pytest.fixture
@@ -207,6 +209,31 @@ def test_a_wrong_argument_of_the_start_raises_and_is_named(start, options, named
         start(**{"run_key": new_key(), **options})
 
     assert named in str(refusal.value)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "zero", "all"])
+def test_a_value_for_reduction_has_its_plain_key_whatever_ranks_log_otherwise(daemon, start, mode):
+    run = start(run_key=new_key(), rank=1, world_size=2, rank_metrics=mode)
+    run.log_metrics({"loss": np.float32(0.5), "lr": 1}, step=3, reduce="mean")
+    daemon.wait_for_records(1)
+    (record,) = [each for each in daemon.records() if isinstance(each, Reduce)]
+    assert (record.how, record.step, record.keys) == ("mean", 3, ["loss", "lr"])
+    assert record.values == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"step": None, "reduce": "mean"}, "reduce='mean' needs a step"),
+        ({"step": 1, "reduce": "median"}, "reduce='median': one of mean, sum, min, max"),
+        ({"step": 1.5, "reduce": "sum"}, "step 1.5"),
+        ({"step": 1, "reduce": "sum", "metrics": {"loss": "x"}}, "metric 'loss'"),
+    ],
+)
+def test_what_cannot_be_reduced_raises_at_the_call(daemon, start, arguments, named):
+    run = start(run_key=new_key())
+    with pytest.raises((TypeError, ValueError), match=re.escape(named)):
+        run.log_metrics(**{"metrics": {"loss": 1.0}, **arguments})
 
 
 def test_news_of_the_mlflow_run_id_reach_the_run(daemon, start):

@@ -543,6 +543,9 @@ def test_a_damaged_base_costs_nothing_where_the_session_is_known(node):
     assert node.look() == [SESSION]
 
     assert node.seqs() == list(range(9))
+    # Its counters are noise, too: nothing is said to be missing.
+    assert node.runs.by_id[RUN_ID].run.next_seq(SESSION) == 9
+    assert node.session_card().lost == 0
     assert node.session_card().closed
     assert node.left() == []
 

@@ -18,13 +18,15 @@ WHOLE = st.integers(0, (1 << 63) - 1)
 TEXTS = st.text(max_size=30)
 RUN_IDS = st.binary(min_size=16, max_size=16).map(bytes.hex)
 #: What an earlier client does not say.
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "is_plain": False,
     "first_seq": 0,
     "node_count": 0,
     "resume": "",
     "resume_mode": "child",
     "fork": "",
+    "node_rank": None,
+    "local_world_size": 0,
 }
 FIELDS: dict[str, Any] = {
     "session": SESSION,
@@ -53,7 +55,7 @@ FIELDS: dict[str, Any] = {
             "tags": st.dictionaries(TEXTS, TEXTS, max_size=4),
         },
         optional={
-            **dict.fromkeys(("first_seq", "node_count"), WHOLE),
+            **dict.fromkeys(("first_seq", "node_count", "node_rank", "local_world_size"), WHOLE),
             **dict.fromkeys(("resume", "fork"), RUN_IDS | st.just("")),
             "resume_mode": st.sampled_from(["child", "same", "guest"]),
             "is_plain": st.booleans(),

@@ -812,6 +812,9 @@ def test_check_of_a_fresh_node_is_fine_and_makes_nothing(folder: Path) -> None:
         "daemon",
         "server",
         "secrets",
+        "group",
+        "http",
+        "logout",
     ]
     assert found["daemon"].startswith("warn")
     assert "`mlflow-relay daemon`" in found["daemon"]

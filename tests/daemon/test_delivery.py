@@ -15,6 +15,7 @@ from zlib import crc32
 
 import pytest
 
+from mlflow_relay.frames import VERSION
 from mlflow_relay_daemon.batch import Entry
 from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.delivery import Delivery
@@ -24,6 +25,7 @@ from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.lane import BLOCKED_RETRY_S, REST_WAIT_S
 from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker, Stopped
 from mlflow_relay_daemon.sinks import Refused, RunGone, ServerAway, SinkError, TryAgain
 from mlflow_relay_daemon.spool import card as cards
@@ -62,6 +64,7 @@ def new_lane(run: RunSpool, sink: FakeSink, breaker: Breaker, letters: DeadLette
         Resolver(sink, lambda run_id: None),
         letters,
         LineageParams(run=(), fork=()),
+        TerminalOutput(run),
         on_news=lambda: None,
     )
 
@@ -874,7 +877,7 @@ def test_a_frame_of_a_later_release_blocks_its_run_in_words_and_is_kept(new_life
     data = path.read_bytes()
     whole = len(frame_of_metrics(0, 10)[1])
     before, later = data[:-whole], bytearray(data[-whole:])
-    later[3] = 2
+    later[3] = VERSION + 1
     later[36:40] = crc32(later[40:], crc32(later[:36])).to_bytes(4, "little")
     life = new_life()
     life.append(frame_of_metrics(10, 10))  # so that recovery has no need to read the other
@@ -882,7 +885,7 @@ def test_a_frame_of_a_later_release_blocks_its_run_in_words_and_is_kept(new_life
 
     assert life.work() == BLOCKED_RETRY_S
     assert life.lane.is_blocked
-    assert "version 2; this release reads version 1" in life.lane.last_error
+    assert f"version {VERSION + 1}; this release reads up to {VERSION}" in life.lane.last_error
     assert path.read_bytes() == before + later
 
 

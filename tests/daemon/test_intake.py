@@ -196,6 +196,14 @@ def test_frames_are_acknowledged_when_they_are_on_the_disk(daemon, peer):
     assert writes == daemon.disk.count("sync", ".segment")
 
 
+@pytest.fixture
+def own_frames(monkeypatch):
+    """Frames that came from nowhere are our own user's."""
+    monkeypatch.setattr("mlflow_relay_daemon.intake.peer_uid", lambda _frame: os.getuid())
+
+
+@pytest.mark.usefixtures("own_frames")
+@pytest.mark.usefixtures("own_frames")
 def test_what_comes_together_shares_one_fsync_for_each_run(daemon):
     ranks = [Peer(daemon) for _ in range(4)]
     for index, rank in enumerate(ranks):
@@ -476,7 +484,10 @@ def test_of_frames_that_do_not_fit_together_those_that_fit_are_taken(daemon, pee
     assert peer.hear_ack() == 5
     daemon.spool.bytes_max = daemon.spool.segment_bytes() + len(frame_of_metrics(5, 5)[1]) + 50
     name = daemon.intake.sessions[SESSION].peer
-    group = [[name, DATA, frame_of_metrics(first, 5)[1]] for first in (5, 10, 15)]
+    group = [
+        [zmq.Frame(part) for part in (name, DATA, frame_of_metrics(first, 5)[1])]
+        for first in (5, 10, 15)
+    ]
     for _ in range(2):  # together they do not fit; then one by one
         daemon.intake._serve(group)
 

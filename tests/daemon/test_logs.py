@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def test_text_has_time_in_utc_level_and_message():
     import calendar
 
     assert before_s - 2 <= calendar.timegm(stamp) <= time.time() + 1
-    assert "ValueError: no such thing" in found
+    assert found[1].endswith(" WARNING a line ⏎ and  [31mcolours")
+    assert "⏎ Traceback (most recent call last): ⏎" in found[2]
+    assert found[2].endswith("ValueError: no such thing")
 
 
 def test_json_is_one_object_in_a_line_whatever_the_message_holds():
@@ -74,3 +77,64 @@ def test_every_line_comes_once():
     found = lines("info", "text")
 
     assert sum("is there" in line for line in found) == 1
+
+
+REPEATS = """
+import logging, sys, time
+from mlflow_relay_daemon import logs
+logs.REPEATS_S = 0.2
+logs.set_up_logging("info", sys.argv[1])
+log = logging.getLogger("mlflow_relay_daemon.some.room")
+for _ in range(50):
+    log.warning("the server is away")
+log.info("something else")
+time.sleep(0.25)
+logs.say_repeats()
+logs.say_repeats()
+log.warning("the server is away")
+for _ in range(3):
+    log.warning("at the end")
+logs.say_repeats(at_once=True)
+"""
+
+
+def repeats(form: str, **environ: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", REPEATS, form], capture_output=True, text=True, check=True,
+        env={**os.environ, **environ},
+    )  # fmt: skip
+    return done.stderr.splitlines()
+
+
+def test_an_event_that_is_repeated_is_said_once_and_counted():
+    said = [line.partition(" ")[2] for line in repeats("text")]
+    assert said == [
+        "WARNING the server is away",
+        "INFO something else",
+        "WARNING the server is away (49 more times)",
+        "WARNING the server is away",
+        "WARNING at the end",
+        "WARNING at the end (2 more times)",
+    ]
+
+
+def test_in_json_the_count_is_a_field_of_its_own():
+    events = [json.loads(line) for line in repeats("json")]
+    assert [event.get("repeats") for event in events] == [None, None, 49, None, None, 2]
+    assert {event["message"] for event in events[::2]} == {"the server is away", "at the end"}
+
+
+def test_under_journald_a_line_begins_with_its_level_and_has_no_clock():
+    read, write = os.pipe()
+    found = os.fstat(write)
+    script = "import os; os.dup2(int(os.environ['FD']), 2)\n" + SCRIPT
+    subprocess.run(
+        [sys.executable, "-c", script, "info", "text"], check=True, pass_fds=(write,),
+        env={**os.environ, "FD": str(write), "JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"},
+    )  # fmt: skip
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        lines = pipe.read().splitlines()
+    assert lines[0] == "<6>run 3f is there"
+    assert lines[1].startswith("<4>a line")
+    assert lines[2].startswith("<3>it failed")

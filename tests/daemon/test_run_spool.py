@@ -8,7 +8,9 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from zlib import crc32
 
+import msgpack
 import pytest
 
 from mlflow_relay.frames import Header
@@ -615,3 +617,56 @@ def test_the_real_disk_is_what_these_tests_fail(tmp_path):
     """Every operation of the interface has its failure here, or is a question."""
     operations = {name for name in vars(Disk) if not name.startswith("_")}
     assert operations - {"free_bytes"} <= set(vars(FailingDisk))
+
+
+# ── a watermark with values that wait for other ranks ──
+
+WAITING = [[["mean", "loss", 1, [[0, 1.0, 1, 1]]]], [], 0]
+
+
+def test_a_watermark_with_waiting_values_is_fsynced_before_a_segment_goes(open_run, disk) -> None:
+    run = open_run()
+    append(run, 0, count=200)
+    append(run, 200)
+    last = max(segment.numbers_in(run.folder))
+    assert last > 1
+    disk.asked.clear()
+    run.settle(Watermark(segment=last, offset=0, reduction=WAITING))
+    operations = [(operation, name) for operation, name, _ in disk.asked]
+    names = [name for operation, name in operations if operation in ("rename", "unlink")]
+    assert names[0] == watermark.NAME
+    assert len(names) > 1, "a segment was removed, after it"
+    assert watermark.read(run.folder).reduction == WAITING
+
+
+def test_nothing_is_settled_if_waiting_values_cannot_be_kept(open_run, disk) -> None:
+    run = open_run()
+    append(run, 0, count=200)
+    append(run, 200)
+    run.settle(Watermark())
+    before, segments = vars(run.mark).copy(), segment.numbers_in(run.folder)
+    disk.fail("rename", watermark.NAME, errno.ENOSPC)
+    with pytest.raises(OSError, match="No space"):
+        run.settle(Watermark(segment=max(segments), offset=0, reduction=WAITING))
+    assert vars(run.mark) == before
+    assert segment.numbers_in(run.folder) == segments
+
+
+def test_a_watermark_of_before_reduction_is_read(tmp_path: Path) -> None:
+    body = msgpack.packb(list(vars(Watermark(segment=3, offset=7)).values())[:-1])
+    data = b"MRW\x01" + crc32(body).to_bytes(4, "little") + body
+    (tmp_path / watermark.NAME).write_bytes(data)
+    assert watermark.read(tmp_path) == Watermark(segment=3, offset=7)
+
+
+def test_the_end_of_a_run_is_where_its_last_frame_ends(open_run) -> None:
+    run = open_run()
+    assert run.end_place() == (0, 0)
+    append(run, 0)
+    first = run.end_place()
+    assert first > (1, 0)
+    append(run, 5)
+    assert run.end_place() > first
+    places = [behind for _, _, behind in run.pieces()]
+    assert places[-1] == run.end_place()
+    assert open_run().end_place() == places[-1]

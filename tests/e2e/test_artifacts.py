@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -275,20 +274,20 @@ def test_a_rank_that_is_killed_after_its_calls_loses_none_of_its_files(tmp_path,
 
 def test_other_stores_are_reached_through_a_process_that_comes_and_goes(tmp_path):
     """A SQLite store keeps its artifacts in a folder: mlflow's own repository writes there."""
+    from mlflow import MlflowClient
+
     content = make_tree(tmp_path / "tree")
-    database = tmp_path / "mlflow.db"
-    with Node(tmp_path / "node", f"sqlite:///{database}") as node:
+    uri, store = f"sqlite:///{tmp_path / 'mlflow.db'}", tmp_path / "store"
+    # With a place of its own: else it would be a folder beside this checkout.
+    MlflowClient(uri).create_experiment("artifacts", store.as_uri())
+    with Node(tmp_path / "node", uri) as node:
         node._daemon_environ["MLFLOW_RELAY_ARTIFACT_WAIT_S"] = "60"
         node.start()
         assert node.daemon is not None
         run_id = last_json(finish([node.rank(EVERYTHING, tmp_path / "tree")])[0])
         run = node.wait_until_ended(run_id)
         (helper,) = helpers_of(node)
-        with sqlite3.connect(database) as tables:
-            (uri,) = tables.execute(
-                "SELECT artifact_uri FROM runs WHERE run_uuid = ?", (run["mlflow_run_id"],)
-            ).fetchone()
-        found = files_in(Path(uri.removeprefix("file://")))
+        found = files_in(store / run["mlflow_run_id"] / "artifacts")
         assert found["same.txt"] == b"third"
         assert {name: found[f"tree/{name}"] for name in content} == content
         helper.kill()  # the next file has another

@@ -89,7 +89,7 @@ def test_each_bad_message_is_counted_and_they_are_logged_once_a_minute(node, pee
         # frames
         *((messages.DATA, frame[:size]) for size in (0, 1, 39, 40, 41, len(frame) - 1)),
         (messages.DATA, frame + b"\0"), (messages.DATA, frame + frame),
-        (messages.DATA, broken(frame, 0, b"XXX")), (messages.DATA, broken(frame, 3, b"\2")),
+        (messages.DATA, broken(frame, 0, b"XXX")), (messages.DATA, broken(frame, 3, bytes([frames.VERSION + 1]))),
         (messages.DATA, broken(frame, 3, b"\0")), (messages.DATA, broken(frame, 36, b"CRC!")),
         (messages.DATA, broken(frame, len(frame) - 1, b"!")),
         (messages.DATA, broken(frame, 28, struct.pack("<I", 0))),

@@ -280,6 +280,47 @@ def test_a_spool_is_synced_under_a_daemon_that_then_sends_no_point_again(
     assert (again.info.status, again.info.end_time) == (run.info.status, run.info.end_time)
 
 
+_LOGGING_ON = """
+import sys
+import mlflow_relay
+
+run = mlflow_relay.start_run("aifs", "o96", run_key=sys.argv[1])
+run.log_metrics({"loss": 0.0}, step=0)
+print(run.run_id, flush=True)
+sys.stdin.readline()
+for step in range(1, 3000):
+    run.log_metrics({"loss": step / 4}, step=step)
+run.end()
+"""
+
+
+def test_a_daemon_that_was_cut_off_sends_nothing_that_was_synced_meanwhile(
+    tmp_path, mlflow_server, mlflow_proxy
+):
+    with Node(tmp_path / "node", mlflow_proxy.uri, settings={"drain_timeout_s": 0}) as node:
+        node.start()
+        rank = node.rank(_LOGGING_ON, fresh_id())
+        assert rank.stdout is not None
+        run_id = rank.stdout.readline().strip()
+        wait_until(lambda: only_point_of(node), "its first point is delivered")
+        mlflow_proxy.refuse()
+        rank.communicate("go on\n", timeout=60)
+        wait_until(lambda: not node.run()["ranks_alive"], "the rank is gone")
+        assert node.stop() == 1
+        assert sent(sync(node.spool, "--tracking-uri", mlflow_server.uri)) == 2999
+        mlflow_proxy.heal()
+        node.start()
+        assert node.wait_until_ended()["delivered_points"] == 1
+        assert node.stop() == 0
+    run, points = points_of(mlflow_server, run_id)
+    assert [point[1] for point in points] == [step / 4 for step in range(3000)]
+    assert run.info.status == "FINISHED"
+
+
+def only_point_of(node: Node) -> bool:
+    return [run["delivered_points"] for run in node.status()["runs"]] == [1]
+
+
 _LOGGING_FILES = """
 import sys
 from pathlib import Path

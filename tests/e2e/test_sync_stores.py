@@ -364,6 +364,7 @@ def test_a_server_that_is_away_or_refuses_us_is_said_in_one_line(
     tmp_path, mlflow_server, mlflow_proxy: TcpProxy
 ):
     store = write_mlruns(tmp_path / "mlruns", [anemoi_run(10)])
+    assert "no server is named" in complaint(store, code=78)
     line = complaint(store, "--tracking-uri", "http://127.0.0.1:9", code=1)
     assert "cannot be reached" in line
     mlflow_proxy.fail(answer(401, b"who are you?"))

@@ -60,6 +60,7 @@ class Node:
         self.log = folder / "daemon.log"
         self.environ = _clean_environ()
         self.environ["MLFLOW_RELAY_SOCKET"] = str(self.socket)
+        self.environ["MLFLOW_RELAY_TERMINAL"] = "none"
         self._daemon_environ = {
             **self.environ,
             "MLFLOW_RELAY_SPOOL": str(self.spool),
@@ -67,6 +68,7 @@ class Node:
             "MLFLOW_RELAY_FREE_BYTES_MIN": "0",
             "MLFLOW_RELAY_BATCH_AGE_S": "0.05",
             "MLFLOW_RELAY_RETRY_WAIT_S_MAX": "0.5",
+            "MLFLOW_RELAY_NODE_METRICS": "0",  # tests count what their ranks have logged
         }
         for name, value in (settings or {}).items():
             self._daemon_environ["MLFLOW_RELAY_" + name.upper()] = str(value)

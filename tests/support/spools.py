@@ -136,6 +136,7 @@ class FailingDisk(Disk):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.failures: list[Failure] = []
         self.asked: list[tuple[str, str, int | None]] = []
         self.free: int | None = None

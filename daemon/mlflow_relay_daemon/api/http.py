@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from mlflow_relay_daemon.api import health, tracking_routes
+from mlflow_relay_daemon.api import health, metrics, page, tracking_routes
 from mlflow_relay_daemon.api.access import Access
 
 if TYPE_CHECKING:
@@ -99,4 +99,5 @@ def _listen(port: int) -> socket.socket:
 
 def _routes(service: Service, access: Access) -> list[BaseRoute]:
     """Return all that is served here; one room each, and the one that takes all the rest last."""
-    return [*health.routes(service), *tracking_routes.routes(service, access)]
+    own = [route for room in (health, metrics, page) for route in room.routes(service)]
+    return [*own, *tracking_routes.routes(service, access)]

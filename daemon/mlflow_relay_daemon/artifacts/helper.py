@@ -25,8 +25,9 @@ _PERMANENT_CODES = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "NOT_IMPLEMENTED")
 
 
 def main(threads: int) -> None:
-    answers = sys.stdout
-    sys.stdout = sys.stderr  # whatever a repository prints is no answer
+    # Whatever a repository prints, in Python or in C, is no answer.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     lock = threading.Lock()
 
     def serve(request: dict[str, Any]) -> None:

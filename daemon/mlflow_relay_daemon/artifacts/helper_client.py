@@ -39,7 +39,7 @@ class Helper:
         self._tracking_uri, self._threads = tracking_uri, threads
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
-        self._waiting: dict[int, SimpleQueue[Answer | None]] = {}
+        self._waiting: dict[int, tuple[subprocess.Popen[str], SimpleQueue[Answer | None]]] = {}
         self._ids = itertools.count()
         self._used_s = 0.0
 
@@ -51,7 +51,7 @@ class Helper:
         with self._lock:
             try:
                 process = self._running()
-                self._waiting[number] = answer
+                self._waiting[number] = process, answer
                 assert process.stdin is not None
                 process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
@@ -86,7 +86,7 @@ class Helper:
     def _running(self) -> subprocess.Popen[str]:
         """Return the helper, started if there is none. Raises: OSError."""
         self._used_s = time.monotonic()
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None:
             environ = {**os.environ, "MLFLOW_TRACKING_URI": self._tracking_uri}
             self._process = subprocess.Popen(  # noqa: S603  # our own module, by this Python
                 [sys.executable, "-m", "mlflow_relay_daemon.artifacts.helper", str(self._threads)],
@@ -111,12 +111,14 @@ class Helper:
             answer = json.loads(line)
             with self._lock:
                 self._used_s = time.monotonic()
-                waiting = self._waiting.pop(answer["id"], None)
-            if waiting is not None:
-                waiting.put(answer)
-        with self._lock:
-            if self._process not in (process, None):
-                return  # a later one is at work, and these are its answers that are waited for
-            left, self._waiting = self._waiting, {}
-        for waiting in left.values():
+                _, waiting = self._waiting.pop(answer["id"])
+            waiting.put(answer)
+        with self._lock:  # another helper may be at work by now, with questions of its own
+            if self._process is process:
+                self._process = None  # it speaks no more, though it may still be there
+            left = [number for number, (owner, _) in self._waiting.items() if owner is process]
+            unanswered = [self._waiting.pop(number)[1] for number in left]
+        for waiting in unanswered:
             waiting.put(None)
+        process.kill()
+        process.wait()

@@ -58,15 +58,24 @@ def sync_file(artifact: Artifact, path: Path) -> None:
 class Source:
     """An open file with its checks. A context manager.
 
-    Args: take: called with the number of bytes before they are handed on; it may wait or raise.
+    Args:
+        take: called with the number of bytes before they are handed on; it may wait or raise.
+        owner: uid whose file it must be: ranks of several users name paths, and what the daemon may
+            read is not all theirs. None: of one user.
     Raises: NoSuchContent, NotReadable.
     """
 
-    def __init__(self, artifact: Artifact, path: Path, take: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        path: Path,
+        take: Callable[[int], None],
+        owner: int | None = None,
+    ) -> None:
         self.size = artifact.size
         self.path = path
         self.sent = self.taken = 0
-        self._artifact, self._take = artifact, take
+        self._artifact, self._take, self._owner = artifact, take, owner
         self._sha256 = hashlib.sha256()
         try:
             self._fd = open_regular(os.fspath(path))
@@ -122,6 +131,8 @@ class Source:
     def check(self) -> None:
         """Raises: NoSuchContent: it is not what it was at the call any more."""
         found = os.fstat(self._fd)
+        if self._owner is not None and found.st_uid != self._owner:
+            raise NoSuchContent(f"{self.path} is not a file of the user whose run it is")
         if found.st_size != self.size or (
             # A copy is ours alone; its time may change when a spool is moved by rsync.
             self._artifact.where in (LINK, PLACE)

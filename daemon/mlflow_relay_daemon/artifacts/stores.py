@@ -83,11 +83,15 @@ class Stores:
 
     Args:
         tracking_uri: where `mlflow-artifacts:` without a host goes.
+        token_file: see sinks.credentials.
         is_direct: the tracking server is spoken to by our own HTTP; else mlflow's package is asked
             for everything, because requests need its plugins.
     """
 
-    def __init__(self, tracking_uri: str, *, is_direct: bool, helper: Helper) -> None:
+    def __init__(
+        self, tracking_uri: str, *, is_direct: bool, helper: Helper, token_file: str = ""
+    ) -> None:
+        self._token_file = token_file
         self._tracking_uri, self._is_direct, self.helper = tracking_uri, is_direct, helper
         self._clients: dict[str, HttpClient] = {}
 
@@ -111,7 +115,11 @@ class Stores:
             url = parts._replace(netloc=userinfo + at + netloc).geturl()
         if url not in self._clients:
             self._clients[url] = HttpClient(
-                url, timeout_s=ANSWER_TIMEOUT_S, connect_timeout_s=5.0, connections_max=16
+                url,
+                timeout_s=ANSWER_TIMEOUT_S,
+                connect_timeout_s=5.0,
+                connections_max=16,
+                token_file=self._token_file,
             )
         return self._clients[url]
 

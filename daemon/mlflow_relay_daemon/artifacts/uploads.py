@@ -24,7 +24,7 @@ from mlflow_relay_daemon.artifacts.source import (
     locate,
     sync_file,
 )
-from mlflow_relay_daemon.artifacts.stores import Store, Stores
+from mlflow_relay_daemon.artifacts.stores import RepositoryStore, Store, Stores
 from mlflow_relay_daemon.artifacts.throttle import Throttle
 from mlflow_relay_daemon.batch import Objection
 from mlflow_relay_daemon.sinks import Refused, Sink, SinkError, TryAgain
@@ -213,9 +213,14 @@ class Uploads:
     def _send(self, work: Work, artifact: Artifact) -> str:
         """Return the sha256 of what the store has now."""
         path = locate(artifact, work.hosted.run.card.run_id, self._staging)
-        with Source(artifact, path, self._taker(work)) as source:
+        owner = work.hosted.owner if self._runs.access.is_shared else None
+        with Source(artifact, path, self._taker(work), owner) as source:
             try:
-                return self._store_of(work).put(artifact.path, source)
+                store = self._store_of(work)
+                if owner is not None and isinstance(store, RepositoryStore):
+                    # mlflow's repositories open the path anew: by then it may lead elsewhere.
+                    raise NoSuchContent("a group's daemon uploads to the tracking server alone")
+                return store.put(artifact.path, source)
             finally:
                 with self._changed:
                     work.sent_bytes -= source.taken

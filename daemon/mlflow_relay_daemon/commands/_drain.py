@@ -9,6 +9,7 @@ from mlflow_relay_daemon.commands._gather import gather
 from mlflow_relay_daemon.config import Config
 from mlflow_relay_daemon.control_client import ControlClient
 from mlflow_relay_daemon.exits import CommandError
+from mlflow_relay_daemon.words import plural
 
 ASK_EVERY_S = 0.5
 
@@ -43,15 +44,25 @@ class Drain:
             return False  # it is leaving, or its disk is busy, or it is offline
         return not _left(self._status, self._targets)
 
-    def left(self) -> int:
-        """Return how many records are not settled; of a daemon that stays, of those asked for."""
+    def left(self) -> str:
+        """Return what is not in MLflow yet, in words; "": nothing. Of a daemon that stays, records
+        that it was asked to deliver."""
         try:
             status = gather(self._config).status
         except CommandError:
             status = self._status or {"runs": []}
         if self._targets is not None:
-            return _left(status, self._targets)
-        return sum(run["waiting_records"] + run["journal_records"] for run in status["runs"])
+            return _in_words(_left(status, self._targets), 0)
+        runs = status["runs"]
+        return _in_words(
+            sum(run["waiting_records"] + run["journal_records"] for run in runs),
+            sum(run["artifacts"]["waiting"] for run in runs),
+        )
+
+
+def _in_words(records: int, artifacts: int) -> str:
+    parts = [(records, "record"), (artifacts, "artifact")]
+    return " and ".join(plural(number, thing) for number, thing in parts if number)
 
 
 def _left(status: dict[str, Any], targets: dict[str, int]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlflow_relay_daemon.config import Config
-from mlflow_relay_daemon.control_client import ControlClient, NoDaemon
+from mlflow_relay_daemon.control_client import ClosedToUser, ControlClient, NoDaemon
 from mlflow_relay_daemon.exits import CommandError
 
 
@@ -26,6 +26,8 @@ def gather(config: Config) -> View:
     try:
         with ControlClient(config.socket) as client:
             return View(client.status())
+    except ClosedToUser:
+        raise  # what this user's own spool holds is not what was asked for
     except NoDaemon as no_daemon:
         return View(
             _read_spool(config), f"{no_daemon}; shown is what the spool {config.spool} holds"

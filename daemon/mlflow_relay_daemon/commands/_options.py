@@ -14,7 +14,14 @@ from mlflow_relay_daemon.exits import USAGE
 from mlflow_relay_daemon.setting import Setting, size_text
 
 PLACE = ("spool", "socket")  # what a command needs to find its daemon, and the spool without one
-_METAVARS = {"path": "PATH", "uri": "URI", "seconds": "SECONDS", "bytes": "SIZE", "count": "N"}
+_METAVARS = {
+    "path": "PATH",
+    "uri": "URI",
+    "seconds": "SECONDS",
+    "bytes": "SIZE",
+    "count": "N",
+    "group": "NAME",
+}
 
 Function = Callable[..., Any]
 

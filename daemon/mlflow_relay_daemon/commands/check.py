@@ -10,12 +10,22 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from mlflow_relay._version import __version__
+from mlflow_relay.paths import journal_dir
+from mlflow_relay_daemon.commands._check_access import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    check_group,
+    check_http,
+    check_logout,
+    check_secrets,
+)
 from mlflow_relay_daemon.commands._json import SCHEMA_VERSION, print_json
 from mlflow_relay_daemon.commands._options import PLACE, example, with_config
 from mlflow_relay_daemon.commands._terminal import fold, stdout_width
@@ -25,7 +35,6 @@ from mlflow_relay_daemon.exits import DEGRADED, DONE, CommandError
 from mlflow_relay_daemon.spool.disk import lock_holder
 from mlflow_relay_daemon.words import bytes_text, one_line
 
-OK, WARN, FAIL = "ok", "warn", "FAIL"
 STYLES = {OK: "green", WARN: "yellow", FAIL: "red"}
 
 LOCK_NAME = "lock"  # in the spool's folder
@@ -36,27 +45,18 @@ SYNC_SLOW_MS = 50.0  # an ack waits for one: half of the 100 ms that a log call'
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What one check found."""
-
-    name: str
-    state: str  # OK, WARN or FAIL
-    text: str
-    mend: str = ""  # what to do; for WARN and FAIL
-
-
 @click.command(
     epilog="Exit code: 0 all is well (warnings included), 1 something FAILs, 78 bad "
     "configuration.\n\n" + example("mlflow-relay check", "mlflow-relay check --settings")
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 @click.option("--settings", is_flag=True, help="Print all settings as a file, with their origins.")
-@with_config(*PLACE, "tracking_uri", "offline")
+@with_config(*PLACE, "group", "tracking_uri", "token_file", "offline", "http_port")
 def check(config: Config, as_json: bool, settings: bool) -> None:
     """Check this node's setup, and say how to mend it.
 
-    Configuration, runtime folder, spool, its disk and lock, daemon, server and credentials.
+    Configuration, runtime folder, spool, its disk and lock, daemon, server and credentials, who may
+    use the daemon, its HTTP port, and what a logout takes away.
     """
     if settings:
         _print_settings(config, as_json)
@@ -86,6 +86,9 @@ def gather_findings(config: Config) -> Iterator[Finding]:
         "daemon": check_daemon,
         "server": check_server,
         "secrets": check_secrets,
+        "group": check_group,
+        "http": check_http,
+        "logout": check_logout,
     }
     for name, function in checks.items():
         try:
@@ -118,6 +121,8 @@ def check_runtime_dir(config: Config) -> Finding:
     if mode & stat.S_IWOTH:
         return Finding("runtime", FAIL, f"{folder} is writable by everyone ({mode:04o})",
                        f"chmod 700 {folder}")  # fmt: skip
+    if os.access(journal_dir(config.socket), os.W_OK | os.X_OK):
+        return Finding("runtime", OK, f"{folder} ({mode:04o})")
     if not os.access(folder, os.W_OK | os.X_OK):
         return Finding("runtime", FAIL, f"{folder} is not writable for this user",
                        "run as its owner or in its group, or set MLFLOW_RELAY_SOCKET")  # fmt: skip
@@ -203,7 +208,7 @@ def check_server(config: Config) -> Finding:
     from mlflow_relay_daemon.sinks.open import open_sink
 
     try:
-        sink = open_sink(config.tracking_uri)
+        sink = open_sink(config.tracking_uri, token_file=config.token_file)
         try:
             version = sink.ping()
         finally:
@@ -213,30 +218,6 @@ def check_server(config: Config) -> Finding:
     except SinkError as error:
         return Finding("server", FAIL, str(error), "check address, network and the server's log")
     return Finding("server", OK, f"{uri}, MLflow {version or 'of unknown version'}")
-
-
-def check_secrets(config: Config) -> Finding:
-    """Say which credentials are in force, never what they are, and what exposes them."""
-    name = "secrets"
-    if "@" in config.tracking_uri.partition("://")[2].partition("/")[0]:
-        origin = config.origin.get("tracking_uri", "default")
-        exposed = " and so in the list of processes" if origin.startswith("flag") else ""
-        return Finding(name, WARN, f"the tracking URI ({origin}) holds a user{exposed}",
-                       "use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")  # fmt: skip
-    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
-        return Finding(name, WARN, "MLFLOW_TRACKING_INSECURE_TLS accepts any certificate",
-                       "name the server's one with MLFLOW_TRACKING_SERVER_CERT_PATH")  # fmt: skip
-    file = Path("~/.mlflow/credentials").expanduser()
-    if file.exists() and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        return Finding(name, WARN, f"{file} is readable by others", f"chmod 600 {file}")
-    # MLflow's own order of precedence
-    if os.environ.get("MLFLOW_TRACKING_USERNAME") and os.environ.get("MLFLOW_TRACKING_PASSWORD"):
-        return Finding(name, OK, "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-    if file.exists():
-        return Finding(name, OK, str(file))
-    if os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        return Finding(name, OK, "MLFLOW_TRACKING_TOKEN")
-    return Finding(name, OK, "none set")
 
 
 def _check_sqlite(full_uri: str, shown_uri: str) -> Finding:

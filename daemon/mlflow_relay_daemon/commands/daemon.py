@@ -7,7 +7,7 @@ import os
 import click
 
 from mlflow_relay_daemon.commands._options import example, flag_names, with_config
-from mlflow_relay_daemon.config import Config, ConfigError
+from mlflow_relay_daemon.config import Config, ConfigError, load_config
 
 
 @click.command(
@@ -23,12 +23,18 @@ def daemon(config: Config) -> None:
     """Run this node's daemon in the foreground.
 
     SIGTERM or Ctrl+C: it delivers for --drain-timeout seconds and leaves the rest in the spool for
-    its next start.
+    its next start. SIGHUP: it reads its settings anew, and says which of them need a restart.
     """
     _require_target(config)
     from mlflow_relay_daemon.service import run_daemon
 
-    click.get_current_context().exit(run_daemon(config))
+    given = click.get_current_context().params
+    flags = {name: given[name] for name in flag_names()}
+
+    def load_again() -> Config:
+        return load_config(flags, config_file=given["config_file"])
+
+    click.get_current_context().exit(run_daemon(config, load_again))
 
 
 def _require_target(config: Config) -> None:

@@ -18,7 +18,7 @@ from mlflow_relay_daemon.config import SETTINGS, Config
 from mlflow_relay_daemon.exits import CommandError
 from mlflow_relay_daemon.sidecar import Sidecar
 from mlflow_relay_daemon.witness import Witness
-from mlflow_relay_daemon.words import one_line, plural
+from mlflow_relay_daemon.words import one_line
 
 #: Slurm's KillWait is 30 s: from the SIGTERM that ends a job to the SIGKILL.
 DRAIN_TIMEOUT_S = 25.0
@@ -144,7 +144,7 @@ class _Exec:
         left = drain.left()
         if left:
             _say(
-                f"{plural(left, 'record')} are not in MLflow yet; nothing is lost, they are kept "
+                f"{left} are not in MLflow yet; nothing is lost, they are kept "
                 f"on disk: `mlflow-relay sync {self._config.spool} --tracking-uri URI` delivers "
                 "them"
             )

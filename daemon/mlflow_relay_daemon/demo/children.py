@@ -163,6 +163,7 @@ class Daemon(Child):
             "socket": str(self.socket),
             "tracking_uri": tracking_uri,
             "free_bytes_min": 0,
+            "node_metrics": False,  # every point in MLflow is to be one that a rank has noted
             "retry_wait_s_max": 1,  # the default, 30 s, is for outages of hours
         }
 

@@ -15,7 +15,7 @@ from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
-from mlflow_relay_daemon.sync.source import NotHere, SourceError
+from mlflow_relay_daemon.sync.source import NoTerminal, NotHere, SourceError
 
 #: An array of the kind and the fields: PROTOCOL, Records.
 ARTIFACT_HEAD = bytes((0x90 + 1 + len(Artifact._fields), ARTIFACT))
@@ -35,6 +35,7 @@ class Segments:
         self.records = self.bytes = 0
         self.notes: list[str] = []
         self.artifacts = NotHere()
+        self.terminal = NoTerminal()
         self.logged: dict[Path, list[Artifact]] = {}  #: artifacts, by folder
         self._files: list[tuple[int, int, int]] = []  # descriptor, first frame, end
         self._sequences = Sequences()

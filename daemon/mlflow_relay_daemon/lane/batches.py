@@ -21,13 +21,17 @@ from mlflow_relay_daemon.bisect_refusal import deliver_apart
 from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.reduction import LATE, MISSING_TAG, Giver, Reduction
 from mlflow_relay_daemon.sinks import Refused, RunGone, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.transcript import Printed
 from mlflow_relay_daemon.spool.watermark import Watermark
 
 #: From so many failures of one request on, while the server answers others, the request itself is
 #: under suspicion.
 FAILURES_SUSPECT = 8
+#: Keys of one run whose value or refusal is remembered; MLflow judges the rest anew each time.
+KEYS_REMEMBERED_MAX = 100_000
 
 
 class Batches:
@@ -50,6 +54,8 @@ class Batches:
         batch, mark = self._collect()
         if vars(mark) == vars(self._to.run.mark):
             return False
+        if batch.given:
+            self._reduce(batch, mark)
         self._deliver(batch, failures)
         self._settle(batch, mark)
         return True
@@ -71,7 +77,7 @@ class Batches:
                     skip = max(skip, seen.next_seq(header.session) - header.first_seq)
                     mark.settled_records += max(0, skip - begun)
                 for index, raw in enumerate(piece.records[skip:], skip):
-                    if not self._take(batch, header.session, raw):
+                    if not self._take(batch, header.session, header.first_seq + index, raw):
                         mark.segment, mark.offset = place
                         mark.skip = index
                         mark.sequences = seen.save()
@@ -89,7 +95,7 @@ class Batches:
         mark.sequences = seen.save()
         return batch, mark
 
-    def _take(self, batch: Batch, session: bytes, raw: Any) -> bool:
+    def _take(self, batch: Batch, session: bytes, seq: int, raw: Any) -> bool:
         """Put a record into the batch; return False if it has no room for it."""
         if raw is None:
             return True  # a gap in the numbers, counted when the run ends
@@ -105,7 +111,10 @@ class Batches:
             return False
         if isinstance(record, records.Params | records.Tags):
             record = self._translated(batch, record)
-        batch.add(session, record, self._known_params)
+        if isinstance(record, records.Terminal):
+            batch.add_printed(Printed(self._giver(session).rank, session, seq, record.data))
+        else:
+            batch.add(session, record, self._known_params)
         batch.records += 1
         return True
 
@@ -143,6 +152,23 @@ class Batches:
                 batch.tags[original] = value
         return record._replace(items=items)
 
+    def _reduce(self, batch: Batch, mark: Watermark) -> None:
+        """Let the mark know what ranks have given, and what has been made of it."""
+        reduction = Reduction(mark.reduction)
+        before = reduction.missing
+        for session, record in batch.given:
+            if isinstance(record, records.Reduce):
+                batch.objections += reduction.give(self._giver(session), record)
+            else:
+                reduction.made(record)
+        mark.reduction = reduction.save()
+        if reduction.missing > before:
+            batch.tags[MISSING_TAG] = str(reduction.missing)
+
+    def _giver(self, session: bytes) -> Giver:
+        known = self._to.card.sessions.get(session.hex())
+        return Giver(known.rank, known.start_ms) if known else Giver(0, 0)
+
     def _held(self, batch: Batch, kind: str, key: str) -> str | None:
         """Return the value of this text that waits; None: there is none."""
         waiting = [*self._to.card.held, *batch.held]
@@ -167,7 +193,8 @@ class Batches:
             if not is_suspect:
                 raise
             self._deliver_apart(batch, (Refused, TryAgain))
-        self._known_params.update(batch.params)
+        if len(self._known_params) < KEYS_REMEMBERED_MAX:
+            self._known_params.update(batch.params)
 
     def _call(self, batch: Batch, call: records.Call) -> None:
         """Carry out a request that stands between records.
@@ -203,7 +230,8 @@ class Batches:
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
         for objection in guilty:
             entry = objection.entry
-            if entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0:
+            is_name = entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0
+            if is_name and len(self._refused_keys) < KEYS_REMEMBERED_MAX:
                 self._refused_keys[entry.key] = objection
         batch.refuse(guilty)
 
@@ -244,6 +272,7 @@ class Batches:
                 self._to.run.save_card()
         self._letters.add(batch.objections, time.time_ns() // 1_000_000)
         self._to.run.artifacts.accept(batch.artifacts)
+        self._to.run.terminal.add(batch.printed)
         self._to.run.settle(mark)
 
     # ── dead letters ──
@@ -256,7 +285,7 @@ class Batches:
         letters = [
             letter
             for letter in self._letters.list()
-            if letter.kind not in ("record", "call", ARTIFACT_LETTER)
+            if letter.kind not in ("record", "call", ARTIFACT_LETTER, LATE)
             and (ids is None or letter.id in ids)
         ]
         taken = {

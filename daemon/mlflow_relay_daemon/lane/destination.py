@@ -13,6 +13,7 @@ from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
+from mlflow_relay_daemon.spool.transcript import Printed
 from mlflow_relay_daemon.spool.watermark import Watermark
 
 T = TypeVar("T")
@@ -39,6 +40,14 @@ class Artifacts(Protocol):
         ...
 
 
+class Terminal(Protocol):
+    """What the ranks of a run have printed."""
+
+    def add(self, printed: Sequence[Printed]) -> None:
+        """Take it in; it is on the disk when this returns. Raises: OSError."""
+        ...
+
+
 class Records(Protocol):
     """A run's records and card: a folder of this daemon's spool, or a source of a sync."""
 
@@ -49,6 +58,11 @@ class Records(Protocol):
     @property
     def artifacts(self) -> Artifacts:
         """Those whose records were delivered."""
+        ...
+
+    @property
+    def terminal(self) -> Terminal:
+        """What ranks have printed, of the records that were delivered."""
         ...
 
     def pieces(self) -> Iterator[tuple[Place, Piece, Place]]:

@@ -27,8 +27,10 @@ from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
 from mlflow_relay_daemon.lane.progress import Progress
+from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.lane.translation import Translation
 from mlflow_relay_daemon.lane.waits import held_texts
+from mlflow_relay_daemon.reduction import has_waiting
 from mlflow_relay_daemon.retry import backoff_s
 from mlflow_relay_daemon.sinks import NotYet, Permanent, RunInfo, SinkError, TryAgain
 from mlflow_relay_daemon.spool.sequences import Sequences
@@ -46,6 +48,8 @@ FULL_BATCH_BYTES = 64 << 10
 REST_WAIT_S = 0.25
 #: A create that was given up long ago may still come to the server: look for it after this time.
 LATE_LOOK_S = 60.0
+#: After so long without a delivery a sync may have brought what waits here.
+SYNC_LOOK_AFTER_S = 60.0
 #: How long a run waits while its dead letters or its card cannot be written.
 DISK_RETRY_S = 5.0
 
@@ -64,6 +68,7 @@ class Lane:
         resolver: Resolver,
         letters: DeadLetters,
         lineage_params: LineageParams,
+        output: TerminalOutput,
         *,
         on_news: Callable[[], None],
         on_full: Callable[[], bool] = lambda: False,
@@ -71,16 +76,19 @@ class Lane:
         self.run = destination.run
         self.last_error: str | None = None
         self.is_blocked = False
+        self._is_leaving = False
         self.is_parked = False  #: all is delivered, but a link waits for another run
         self._failures = 0
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
+        self._delivered_s = float("-inf")
         self._rng = random.Random()
         self._on_news, self._on_full = on_news, on_full
         self._to = destination
         translation = Translation(destination, resolver)
         self._creation = Creation(destination, resolver)
         self._links = Links(destination, resolver, translation, lineage_params, letters)
+        self._output = output
         self._batches = Batches(destination, letters, translation)
         self._ending = Ending(destination)
         self._artifacts = ArtifactWord(destination)
@@ -129,7 +137,8 @@ class Lane:
 
     def leave(self) -> None:
         """The daemon stops: tell what can be told now, and wait for no other node."""
-        self._ending.is_leaving = True
+        self._ending.is_leaving = self._is_leaving = True
+        self.is_parked = False  # what it waited for is done now
 
     def _trouble(self, error: SinkError | VersionError | OSError, wait_s: float) -> float:
         text = str(error)
@@ -150,10 +159,13 @@ class Lane:
                 self._ending.take_back()
         if self._links.tell():
             self._on_news()
+        self._look_for_sync()
         if self._batches.deliver_next(self._failures):
+            self._delivered_s = time.monotonic()
             waiting = self.run.waiting_bytes()
             # A rest that fills no request waits for more, as a first record does.
             return REST_WAIT_S if 0 < waiting < FULL_BATCH_BYTES and self._ranks_alive() else 0.0
+        terminal_s = self._output.publish(is_last=self._is_leaving or self._all_are_closed())
         if self._is_over():
             if card.state is RunState.OPEN and not card.is_deleted:
                 wait_s = self._artifacts.wait_s()
@@ -162,7 +174,7 @@ class Lane:
                 self._to.ask(self._creation.remove_doubles)
             self._artifacts.tell()  # first: who sees the end sees what is to come
             self._ending.tell()
-        waits = [self._late_doubles_s()]
+        waits = [self._late_doubles_s(), terminal_s]
         if self._links.is_waiting():
             waits.append(LOOK_AGAIN_S)
         known = [wait_s for wait_s in waits if wait_s is not None]
@@ -211,8 +223,17 @@ class Lane:
         log.info("run %s is MLflow run %s", card.run_id, found.run_id)
         self._on_news()
 
+    def _look_for_sync(self) -> None:
+        """Somebody may have synced the spool while the server was away from here."""
+        now_s = time.monotonic()
+        is_backlog = self.run.waiting_bytes() >= FULL_BATCH_BYTES
+        if is_backlog and now_s - self._delivered_s >= SYNC_LOOK_AFTER_S:
+            to = self._to
+            self._pass_over_synced(to.ask(lambda: to.sink.get_run(to.mlflow_run_id)))
+
     def _pass_over_synced(self, found: RunInfo) -> None:
         """What a sync has brought of this spool, while the daemon could not, is not sent again."""
+        self._delivered_s = time.monotonic()
         synced = Progress.read(found.tags, self._to.node)
         if not synced.seen or not synced.is_whole:
             return  # what is passed over brings no artifact
@@ -228,6 +249,10 @@ class Lane:
         with self.run.lock:
             return any(each.primary and not each.closed for each in self.run.card.sessions.values())
 
+    def _all_are_closed(self) -> bool:
+        with self.run.lock:
+            return all(each.closed for each in self.run.card.sessions.values())
+
     def _is_over(self) -> bool:
         """Return whether all is delivered and no rank is alive.
 
@@ -237,4 +262,6 @@ class Lane:
         with self.run.lock:
             sessions = list(self.run.card.sessions.values())
             ranks = [each for each in sessions if each.primary] or sessions
-            return bool(ranks) and self.run.is_drained() and all(each.closed for each in ranks)
+            if not ranks or not all(each.closed for each in ranks):
+                return False
+            return self.run.is_drained() and not has_waiting(self.run.mark.reduction)

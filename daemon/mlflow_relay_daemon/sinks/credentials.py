@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from mlflow_relay_daemon.sinks import NotAllowed
 
 CREDENTIALS_FILE = "~/.mlflow/credentials"  # mlflow.utils.credentials
+TOKEN_BYTES_MAX = 1 << 16  # servers refuse longer headers long before
 WORKSPACE_HEADER = "X-MLFLOW-WORKSPACE"  # mlflow.utils.workspace_utils
 SET_CREDENTIALS = (
     "give the daemon MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
@@ -42,30 +43,54 @@ class TlsSettings:
 
 
 def read_credentials(
-    environ: Mapping[str, str], userinfo: str = "", credentials_file: str = CREDENTIALS_FILE
+    environ: Mapping[str, str],
+    userinfo: str = "",
+    credentials_file: str = CREDENTIALS_FILE,
+    token_file: str = "",
 ) -> Credentials:
     """Return the headers for one request, in MLflow's order of precedence.
 
     Args:
         userinfo: the tracking URI's own "user:password", percent-encoded; it wins if given.
+        token_file: holds a bearer token; wins over all but that.
     Raises:
         NotAllowed: a credential cannot be sent in a header; the message does not show it.
     """
     headers: dict[str, str] = {}
     secrets: tuple[str, ...] = ()
-    username, password = _user_and_password(environ, userinfo, credentials_file)
-    token = environ.get("MLFLOW_TRACKING_TOKEN", "").strip()
+    if token_file and not userinfo:
+        username, password, origin = "", "", token_file
+        token = read_token(token_file)
+    else:
+        username, password = _user_and_password(environ, userinfo, credentials_file)
+        origin = "MLFLOW_TRACKING_TOKEN"
+        token = environ.get(origin, "").strip()
     if username and password:
         encoded = base64.standard_b64encode(f"{username}:{password}".encode()).decode("ascii")
         headers["Authorization"] = f"Basic {encoded}"
         secrets = (password, encoded)
     elif token:
-        headers["Authorization"] = f"Bearer {_header_safe(token, 'MLFLOW_TRACKING_TOKEN')}"
+        headers["Authorization"] = f"Bearer {_header_safe(token, origin)}"
         secrets = (token,)
     workspace = environ.get("MLFLOW_WORKSPACE", "").strip()
     if workspace:
         headers[WORKSPACE_HEADER] = _header_safe(workspace, "MLFLOW_WORKSPACE")
     return Credentials(headers, secrets)
+
+
+def read_token(path: str) -> str:
+    """Return the token in a file. Raises: NotAllowed: there is none; says what to do."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            token = file.read(TOKEN_BYTES_MAX).strip()
+    except OSError as error:
+        raise NotAllowed(
+            f"the token file {path} cannot be read: {error.strerror}: mend that, it is read again "
+            "at each request"
+        ) from None
+    if not token:
+        raise NotAllowed(f"the token file {path} is empty: write the server's token into it")
+    return token
 
 
 def read_tls_settings(environ: Mapping[str, str]) -> TlsSettings:

@@ -66,13 +66,20 @@ class HttpClient:
 
     Args:
         url: http(s)://[user:password@]host[:port][/prefix]
+        token_file: see read_credentials.
         connections_max: callers beyond this number wait for a free connection.
     Raises:
         ValueError: this is no address; the message does not show it.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, connect_timeout_s: float, connections_max: int
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        connect_timeout_s: float,
+        connections_max: int,
+        token_file: str = "",
     ) -> None:
         if redact_uri(url).endswith(f"://{UNREADABLE}") or not urlsplit(url).hostname:
             raise ValueError(
@@ -84,7 +91,7 @@ class HttpClient:
         #: where requests go, without credentials; never ends in a slash
         self.base = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
         self.uri = redact_uri(self.base)
-        self._userinfo = userinfo
+        self._userinfo, self._token_file = userinfo, token_file
         self._timeout = urllib3.Timeout(connect=connect_timeout_s, read=timeout_s)
         self._connections_max = connections_max
         self._lock = threading.Lock()
@@ -107,7 +114,7 @@ class HttpClient:
                 out all the same.
             NotAllowed: our credentials cannot even be sent.
         """
-        credentials = read_credentials(os.environ, self._userinfo)
+        credentials = read_credentials(os.environ, self._userinfo, token_file=self._token_file)
         headers = {"User-Agent": "mlflow-relay", "Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 
 from mlflow_relay_daemon.sinks import Sink
 from mlflow_relay_daemon.sinks.redact import redact_uri
@@ -14,7 +15,9 @@ from mlflow_relay_daemon.sinks.store import StoreSink
 __all__ = ["open_sink", "redact_uri"]
 
 
-def open_sink(tracking_uri: str, *, timeout_s: float = 30.0) -> Sink:
+def open_sink(
+    tracking_uri: str, *, timeout_s: float = 30.0, token_file: Path | None = None
+) -> Sink:
     """Return the sink for a tracking URI; nothing is connected yet.
 
     http and https are spoken directly, unless the environment asks for something that only the
@@ -24,7 +27,12 @@ def open_sink(tracking_uri: str, *, timeout_s: float = 30.0) -> Sink:
     """
     scheme = tracking_uri.partition(":")[0].lower() if ":" in tracking_uri else ""
     if scheme in ("http", "https") and not needs_mlflow_package(os.environ):
-        return RestSink(tracking_uri, timeout_s=timeout_s)
+        return RestSink(tracking_uri, timeout_s=timeout_s, token_file=str(token_file or ""))
+    if token_file is not None:
+        raise ValueError(
+            "token_file is for http(s) servers that are spoken to directly: unset it here, and use "
+            "MLflow's own variables"
+        )
     if scheme in ("", "file") and not tracking_uri.startswith("databricks"):
         _refuse_file_store(tracking_uri, os.environ)
     return StoreSink(tracking_uri)

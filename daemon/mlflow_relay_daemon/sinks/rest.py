@@ -55,6 +55,7 @@ class RestSink:
         timeout_s: how long to wait for an answer once the request is sent.
         connect_timeout_s: how long to wait for a connection.
         pool: connections at most; further callers wait.
+        token_file: holds a bearer token, read for each request; "": MLflow's own variables count.
     Raises:
         ValueError: this is no address; the message does not show it.
     """
@@ -66,12 +67,14 @@ class RestSink:
         timeout_s: float = 30.0,
         connect_timeout_s: float = 5.0,
         pool: int = 8,
+        token_file: str = "",
     ) -> None:
         self._http = HttpClient(
             tracking_uri,
             timeout_s=timeout_s,
             connect_timeout_s=connect_timeout_s,
             connections_max=pool,
+            token_file=token_file,
         )
         self.uri = self._http.uri
         self._experiments = ExperimentIds(self._find_experiment, self._create_experiment)

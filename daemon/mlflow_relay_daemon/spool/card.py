@@ -35,6 +35,8 @@ class SessionCard:
     end_ms: int | None = None
     end_reason: str = ""
     lost: int = 0  #: log calls that found its journal full
+    node_rank: int | None = None  #: number of its node in the job; None: not told
+    local_world_size: int = 0  #: ranks on this node; 0: not told
     next_seq: int = 0  #: how many records it had, known when it was closed
     is_own: bool = False  #: the daemon's, for what comes over HTTP: it has no journal
 
@@ -63,6 +65,7 @@ class Card:
     world_size: int
     tags: dict[str, str]  #: of the rank that came first: user, command, commit, ...
     user: str = ""  #: "": the tag mlflow.user says it
+    uid: int | None = None  #: of the user whose run it is; None: the daemon's own
     is_named: bool = False  #: by the user; else it takes its parent's name, or MLflow's
     node_count: int = 0  #: 0: not told
     resume_mode: str = "child"

@@ -6,13 +6,19 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from pathlib import Path
+
+from mlflow_relay_daemon.counters import Durations
 
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2): type, whence, start, length, pid
 
 
 class Disk:
     """The real disk. Every method raises OSError as the kernel does."""
+
+    def __init__(self) -> None:
+        self.sync_times = Durations()
 
     def create(self, path: Path) -> int:
         """Return a descriptor of a new file, for appending."""
@@ -29,7 +35,9 @@ class Disk:
 
     def sync(self, fd: int) -> None:
         """Return when what was written to the file is on the disk."""
+        begin_s = time.perf_counter()
         os.fdatasync(fd)
+        self.sync_times.add(time.perf_counter() - begin_s)
 
     def sync_folder(self, path: Path) -> None:
         """Return when the names in the folder are on the disk."""

@@ -17,6 +17,7 @@ from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.ledger import Ledger
 from mlflow_relay_daemon.spool.sequences import Sequences
+from mlflow_relay_daemon.spool.transcript import Transcripts
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
 
@@ -48,6 +49,7 @@ class RunSpool:
     def __init__(self, disk: Disk, folder: Path, card: Card, *, segment_bytes_max: int) -> None:
         self.folder, self.card = folder, card
         self.lock = threading.RLock()  # guards the card and what follows
+        self._mark_lock = threading.Lock()  # guards the watermark's file
         self._disk = disk
         self._segment_bytes_max = segment_bytes_max
         self._writer: segment.Writer | None = None
@@ -65,6 +67,7 @@ class RunSpool:
         self.accepted_records = self.mark.settled_records
         self.sequences = Sequences(self.mark.sequences)
         self.artifacts = Ledger(disk, folder)
+        self.terminal = Transcripts(disk, folder)
         self._recover()
 
     # ── intake ──
@@ -155,8 +158,8 @@ class RunSpool:
                 mark.segment, mark.offset = writer.number, writer.start
             else:
                 return
+            self._write_mark(mark)
             self.mark = mark
-            self._write_mark()
             kept = () if self.card.is_over else (mark.segment,)
             self._remove([number for number in self._ends if number not in kept])
 
@@ -189,14 +192,18 @@ class RunSpool:
 
         Crash: safe at any line: an old watermark costs a resend; a removed segment is followed by
             one whose head says what was accepted before it.
+        Raises: OSError: the mark must last, and cannot be written; nothing is settled.
         """
+        if watermark.must_last(mark):
+            self._write_mark(mark)  # an fsync: not while intake waits for the lock
         with self.lock:
             if self._next_number(mark.segment) is None and mark.offset >= self._ends.get(
                 mark.segment, 0
             ):
                 mark.settled_records = self.accepted_records  # damage is settled, too
             self.mark = mark
-            self._write_mark()
+            if not watermark.must_last(mark):
+                self._write_mark(mark)
             self._remove([number for number in self._ends if number < mark.segment])
 
     def is_drained(self) -> bool:
@@ -245,6 +252,13 @@ class RunSpool:
                 start = self.mark.offset if here else self._start_of(number)
                 total += max(0, end - start)
             return total
+
+    def end_place(self) -> Place:
+        """Return the place behind the last frame; a watermark there has seen all there is now."""
+        with self.lock:
+            filled = (n for n, end in self._ends.items() if end > self._start_of(n))
+            newest = max(filled, default=0)
+            return Place(newest, self._ends.get(newest, 0))
 
     def waiting_records(self) -> int:
         """Return how many records are behind the watermark."""
@@ -295,6 +309,7 @@ class RunSpool:
         fresh.settled_records = head.accepted_records
         fresh.delivered_records = max(mark.delivered_records, head.accepted_records)
         fresh.delivered_points = mark.delivered_points
+        fresh.reduction = mark.reduction
         return fresh
 
     def _recover(self) -> None:
@@ -363,10 +378,14 @@ class RunSpool:
             os.close(self._reading[1])
             self._reading = None
 
-    def _write_mark(self) -> None:
+    def _write_mark(self, mark: Watermark) -> None:
         try:
-            watermark.write(self._disk, self.folder, self.mark)
-        except OSError as error:  # it costs a resend, if anything
+            with self._mark_lock:
+                watermark.write(self._disk, self.folder, mark)
+        except OSError as error:
+            if watermark.must_last(mark):
+                raise
+            # It costs a resend, if anything.
             log.warning("run %s: watermark not written: %s", self.card.run_id, error.strerror)
 
     def _remove(self, numbers: list[int]) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mlflow_relay.errors import FormatError, VersionError
@@ -48,6 +49,7 @@ class Spool:
         segment_bytes_max: size at which a run's segment is followed by another.
         bytes_max: quota of all segments and staged files, None: none.
         free_bytes_min: free space that is left to others.
+        on_progress: called before each run that is opened; one with much to read takes seconds.
 
     Raises: SpoolTaken; OSError: the folder cannot be made or written.
     """
@@ -60,6 +62,7 @@ class Spool:
         segment_bytes_max: int,
         bytes_max: int | None = None,
         free_bytes_min: int = 0,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.disk, self.folder = disk, folder
         self.bytes_max, self.free_bytes_min = bytes_max, free_bytes_min
@@ -82,6 +85,7 @@ class Spool:
         self.reserve.restore(self.free_bytes())
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
         for path in sorted((folder / RUNS).iterdir()):
+            on_progress()
             if path.is_dir():  # else it is nothing of ours
                 self._open_found(path)
 

@@ -1,7 +1,7 @@
 """The watermark: the first record of a run that MLflow does not have yet.
 
 Kept in one small file that is replaced after deliveries, without fsync: a lost or old watermark
-costs a resend, which MLflow ignores, and nothing else.
+costs a resend, which MLflow ignores, and nothing else. That of a run whose ranks reduce is fsynced.
 """
 
 from __future__ import annotations
@@ -33,13 +33,20 @@ class Watermark:
     damaged_records: int = 0  #: acknowledged, but not to be read any more
     last_record_ms: int = 0  #: time of the newest record up to here
     sequences: dict[bytes, Any] = field(default_factory=dict)  #: as `Sequences.save` gives them
+    reduction: list[Any] = field(default_factory=list)  #: as `Reduction.save` gives it
 
 
 def write(disk: Disk, folder: Path, mark: Watermark) -> None:
     """Replace the file. Raises: OSError."""
     body = msgpack.packb(list(vars(mark).values()))
     data = _MAGIC + crc32(body).to_bytes(4, "little") + body
-    disk.replace(folder / NAME, data, durable=False)
+    disk.replace(folder / NAME, data, durable=must_last(mark))
+
+
+def must_last(mark: Watermark) -> bool:
+    """Return whether the watermark has what stands nowhere else: values that ranks have given, and
+    whose segments may go."""
+    return bool(mark.reduction)
 
 
 def read(folder: Path) -> Watermark | None:

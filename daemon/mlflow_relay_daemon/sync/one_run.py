@@ -27,11 +27,18 @@ from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LineageParams, Links
 from mlflow_relay_daemon.lane.progress import Progress
 from mlflow_relay_daemon.lane.translation import Translation
+from mlflow_relay_daemon.reduction import has_waiting
 from mlflow_relay_daemon.retry import Breaker, Stopped, backoff_s
 from mlflow_relay_daemon.sinks import NotYet, RunGone, RunInfo, Sink, Tag, TryAgain
 from mlflow_relay_daemon.states import RunState
 from mlflow_relay_daemon.sync.artifacts import bring
-from mlflow_relay_daemon.sync.source import Feed, ForeignRun, Source, SourceError
+from mlflow_relay_daemon.sync.source import (
+    Feed,
+    ForeignRun,
+    NoTerminal,
+    Source,
+    SourceError,
+)
 from mlflow_relay_daemon.sync.translation import RelativesOnly
 
 #: How often it is written down how far the run has come: what a kill makes us send again.
@@ -144,6 +151,7 @@ class OneRun:
             self.sent_points = to.run.mark.delivered_points
             if time.monotonic() - self._progress_s >= PROGRESS_EVERY_S:
                 self._save_progress()
+        self._note_what_stays(to)
         server.patiently(lambda _: self._tell_inputs())
         self._bring_artifacts()
         self.tell_links()
@@ -244,6 +252,17 @@ class OneRun:
         return Creation(to, Resolver(self.server.sink, lambda _: None))
 
     # ── the rest ──
+
+    def _note_what_stays(self, to: Destination) -> None:
+        """Only a daemon makes points of several ranks' values, and artifacts of their output."""
+        terminal = to.run.terminal
+        stays = ["values for reduction"] if has_waiting(to.run.mark.reduction) else []
+        if isinstance(terminal, NoTerminal) and terminal.was_asked:
+            stays.append("terminal output")
+        if stays:
+            self.source.notes.append(
+                f"{' and '.join(stays)} not brought: `mlflow-relay daemon --spool` does that"
+            )
 
     def _bring_artifacts(self) -> None:
         """Upload them, behind the records. Raises: SourceError: some are to come another time."""

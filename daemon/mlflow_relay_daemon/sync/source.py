@@ -20,6 +20,7 @@ from mlflow_relay_daemon.sinks import DatasetInput, RunInfo
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
+from mlflow_relay_daemon.spool.transcript import Printed
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.sync.artifacts import Wanted
 
@@ -160,6 +161,16 @@ class NotHere:
         """They are found again by whoever brings them."""
 
 
+class NoTerminal:
+    """A sync brings no terminal output; it says so."""
+
+    was_asked = False
+
+    def add(self, printed: Sequence[Printed]) -> None:
+        """It stays in the source."""
+        self.was_asked |= bool(printed)
+
+
 class Feed:
     """Chunks in the form of a spool's folder. Holds what a few requests take, and no more."""
 
@@ -168,6 +179,7 @@ class Feed:
         self.lock = threading.RLock()
         self.mark = Watermark(segment=1, offset=0)
         self.artifacts = NotHere()
+        self.terminal = NoTerminal()
         self.seen = dict(seen)
         self._chunks = chunks
         self._window: deque[tuple[int, Piece, Mapping[str, int]]] = deque()

@@ -31,7 +31,7 @@ def run(bench: Bench) -> Outcome:
     if bench.peers is None:
         outcome.skipped.append("peers: no environment with them was given (--peers)")
     columns = ["", "points lost of 5,000", "the run says afterwards"]
-    outcome.tables.append(Table("SIGKILL after the 500th call", columns, rows))
+    outcome.tables.append(Table("SIGKILL after the 500th call", columns, rows, is_race=True))
     return outcome
 
 

@@ -6,6 +6,7 @@ python export_import.py '{"uri": ..., "batches": 50, "folder": ...}'
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -14,12 +15,11 @@ from mlflow.tracking import MlflowClient
 
 
 def main(job: dict) -> dict[str, float]:
-    import mlflow
-    from mlflow_export_import.run.export_run import export_run
-    from mlflow_export_import.run.import_run import import_run
+    os.environ["MLFLOW_TRACKING_URI"] = job["uri"]  # it asks at import
+    from mlflow_export_import.run.export_run import RunExporter
+    from mlflow_export_import.run.import_run import RunImporter
 
-    mlflow.set_tracking_uri(job["uri"])
-    client = MlflowClient()
+    client = MlflowClient(job["uri"])
     run_id = client.create_run("0").info.run_id
     now_ms = time.time_ns() // 1_000_000
     for batch in range(job["batches"]):
@@ -29,9 +29,9 @@ def main(job: dict) -> dict[str, float]:
         ]
         client.log_batch(run_id, metrics)
     begin_s = time.monotonic()
-    export_run(run_id, job["folder"])
+    RunExporter(client).export_run(run_id, job["folder"])
     middle_s = time.monotonic()
-    import_run(experiment_name="imported", input_dir=job["folder"])
+    RunImporter(client).import_run("imported", job["folder"])
     return {"export_s": middle_s - begin_s, "import_s": time.monotonic() - middle_s}
 
 

@@ -85,6 +85,30 @@ def tensorboard(job: dict) -> tuple[Log, End]:
     return log, writer.close
 
 
+def bare(job: dict) -> tuple[Log, End]:
+    """The least that a call can do that keeps its values: pack, CRC, copy into a mapped file."""
+    import mmap
+    import struct
+    from zlib import crc32
+
+    size = 64 << 20
+    memory = os.memfd_create("bare")
+    os.posix_fallocate(memory, 0, size)
+    kept = mmap.mmap(memory, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    form = struct.Struct(f">qq{job['metrics']}d")
+    at = 0
+
+    def log(metrics: dict, step: int) -> None:
+        nonlocal at
+        record = form.pack(time.time_ns() // 1_000_000, step, *metrics.values())
+        entry = crc32(record).to_bytes(4, "little") + record
+        end = at + len(entry)
+        kept[at:end] = entry
+        at = end if end < size - 65_536 else 0
+
+    return log, kept.close
+
+
 LOGGERS: dict[str, Callable[[dict], tuple[Log, End]]] = {
     "mlflow-relay": mlflow_relay,
     "MLflow sync": mlflow_sync,
@@ -93,6 +117,7 @@ LOGGERS: dict[str, Callable[[dict], tuple[Log, End]]] = {
     "neptune-scale offline": neptune_offline,
     "trackio": trackio,
     "TensorBoard": tensorboard,
+    "bare": bare,
 }
 
 

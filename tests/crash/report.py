@@ -1,0 +1,86 @@
+"""Figures of real runs → docs/reliability.json → docs/reliability.md. Nothing else is in the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.crash.outcome import Outcome
+
+#: The cases, in the order in which they are run and reported, and what is asked of each.
+CASES = {
+    "planted": "Bugs planted on purpose: each must be caught",
+    "states": "Crash states of the spool",
+    "corruption": "Damage: every byte flipped, cut, zeroed, doubled",
+    "model": "Model test: append, deliver, crash, full, damage, reload",
+    "syscalls": "SIGKILL at every system call of the write path",
+    "kills": "Random SIGKILLs of daemon, ranks and server under load",
+    "suite": "The tests that are too long for `make test`",
+}
+#: What the issue asks for and no case here does yet.
+MISSING = (
+    "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
+    "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
+    "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
+    "10,000 faults of the network in one run; two nodes with a partition between them",
+    "10 million inputs of a coverage-guided fuzzer for the decoders",
+    "Clock jumps, fd exhaustion, a memory limit",
+)
+
+_HEAD = """# Reliability
+
+Made by `make torture` from [its figures](reliability.json); not written by hand. Each row is of one
+real run, with its date, its seed and the command that repeats it. What fails stays here until it is
+mended; what was not run says so.
+
+| what | how many | of | bad | took | date | seed |
+|---|---|---|---|---|---|---|
+"""
+
+
+def line(name: str, outcome: Outcome, took_s: float) -> str:
+    """Return an outcome for a terminal."""
+    if outcome.skipped:
+        return f"{name}: skipped: {outcome.skipped}"
+    figures = ", ".join(f"{value} {key}" for key, value in outcome.figures.items())
+    parts = [f"{name}: {outcome.count:,} {outcome.unit}, {outcome.bad} bad, {took_s:.0f} s"]
+    parts += [figures] * bool(figures) + [f"  BAD: {each}" for each in outcome.findings]
+    return "\n".join(parts)
+
+
+def add(page: Path, name: str, row: dict[str, Any]) -> None:
+    """Put the figures of one case in the place of its former ones, and write the page anew."""
+    data = page.with_suffix(".json")
+    rows = json.loads(data.read_text()) if data.exists() else {}
+    rows[name] = row
+    data.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    page.write_text(as_page(rows))
+
+
+def as_page(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the page of these figures."""
+    table, parts = "", []
+    for name, title in CASES.items():
+        row = rows.get(name)
+        if row is None or row["skipped"]:
+            why = row["skipped"] if row else "not run yet"
+            table += f"| {title} | {why} | – | – | – | – | – |\n"
+            continue
+        table += (
+            f"| [{title}](#{name}) | {row['count']:,} {row['unit']} | {row['goal']:,} | "
+            f"{row['bad'] or 0} | {_time(row['took_s'])} | {row['date']} | {row['seed']} |\n"
+        )
+        parts.append(_section(name, row))
+    missing = "".join(f"* {each}\n" for each in MISSING)
+    return "\n".join([_HEAD + table, *parts, "## Not run\n", missing])
+
+
+def _section(name: str, row: dict[str, Any]) -> str:
+    figures = "".join(f"* {key}: {value}\n" for key, value in row["figures"].items())
+    found = "".join(f"* **bad**: {each}\n" for each in row["findings"])
+    return f"## {name}\n\n{row['what']}.\n\n{figures}{found}\n```\n{row['command']}\n```\n"
+
+
+def _time(took_s: float) -> str:
+    return f"{took_s / 3600:.1f} h" if took_s >= 3600 else f"{took_s / 60:.1f} min"

@@ -1,0 +1,26 @@
+"""SIGKILL at single system calls of a life of the spool: a few of what `make torture` does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.crash.cases.syscalls import CALLS, kill_at, why_not
+from tests.crash.outcome import Outcome
+
+
+def test_a_kill_at_a_system_call_loses_nothing_that_was_acknowledged(caplog):
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    caplog.set_level("CRITICAL")
+    outcome = Outcome("", 0, "kills")
+
+    for call in CALLS:
+        kill_at(call, random.Random(f"{seed}/{call}").randint(1, 6), str(seed), outcome)
+
+    assert outcome.findings == []
+    assert outcome.count > 0
