@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from tests.support import MlflowServer, TcpProxy
 
 #: Tests run in pytest's own process, whose output is pytest's.
 os.environ["MLFLOW_RELAY_TERMINAL"] = "none"
+# A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,7 @@ def salvage_entries(data: bytes, session: bytes, from_seq: int) -> Salvage:
 
 
 def _check_magic(magic: bytes, version: int, expected: bytes) -> None:
-    if magic != expected:
+    if magic != expected or not version:  # a version 0 never was: it is what a disk puts there
         raise FormatError("not a journal file")
     if version != _VERSION:
         raise VersionError(f"journal of version {version}; this release reads {_VERSION}")

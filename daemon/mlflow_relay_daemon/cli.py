@@ -116,6 +116,7 @@ class LazyGroup(click.Group):
             _forget_stdout()
             return exits.READER_GONE
         except Exception as error:  # noqa: BLE001  # one line for people, whatever it is
+            _flush_or_forget_stdout()
             return self._unexpected(error, wants_traceback)
         return code
 
@@ -160,8 +161,15 @@ def _usage_text(error: click.UsageError, program: str) -> str:
     return f"{text}{'' if text.endswith('?') else '.'} See `{path} --help`."
 
 
+def _flush_or_forget_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _forget_stdout()
+
+
 def _forget_stdout() -> None:
-    # Python flushes stdout once more at its end, and would complain there.
+    # Python flushes stdout once more at its end, and would complain there and leave with 120.
     try:
         devnull = os.open(os.devnull, os.O_WRONLY)
         os.dup2(devnull, sys.stdout.fileno())

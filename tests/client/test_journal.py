@@ -27,6 +27,7 @@ from mlflow_relay.errors import JournalError
 from mlflow_relay.frames import ENTRY_BYTES, HEADER_BYTES, iter_entries, read_frame
 from mlflow_relay.journal import END_BYTES_MAX, Journal, SentFrame
 from mlflow_relay.journal_files import ENTRIES_AT, read_base, salvage_entries
+from tests.support.seeds import new_seed
 
 SESSION = bytes(range(16))
 CARD = b"what the daemon must know"
@@ -678,7 +679,7 @@ def test_a_folder_that_cannot_be_written_is_a_journal_error(tmp_path):
 
 def test_a_kill_at_any_moment_of_the_making_leaves_nothing_that_looks_like_a_journal(folder):
     """strace would be exact; random instants of a process that does nothing else come close."""
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")  # shown if it fails
     rng = random.Random(seed)
     script = """

@@ -230,6 +230,7 @@ def test_a_daemon_that_is_killed_and_comes_back_with_what_it_had_synced(
 ):
     """It may have synced a frame whose ack was lost; or have lost one that it had received."""
     monkeypatch.setattr(sender, "ACK_TIMEOUT_S", 60.0)  # the first one must not be asked again
+    monkeypatch.setattr(sender, "ALIVE_EVERY_S", 0.2)  # the second one may get nothing else
     with FakeDaemon(socket) as first:
         first.acks = False
         rank = new_rank()

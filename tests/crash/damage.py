@@ -42,6 +42,7 @@ DEAD_RECORDS = 40
 KINDS = ("flip", "cut", "zero", "double")
 #: The dead rank's records are told from the others by their numbers.
 DEAD_FROM = 10_000
+DEAD_ONES = set(range(DEAD_FROM, DEAD_FROM + DEAD_RECORDS))
 FAR = 1 << 62
 #: How the names of the files end that are damaged.
 DAMAGED = ("segment", "watermark", "json", "journal", "entries")
@@ -228,7 +229,7 @@ def _verdict(scene: Scene, sink: FakeSink, quarantined: int) -> Verdict:
         assert points == points_of(number), f"record {number} arrived as {sorted(points)[:3]}"
     return Verdict(
         set(range(scene.spooled)) - found.keys(),
-        set(range(DEAD_FROM, DEAD_FROM + DEAD_RECORDS)) - found.keys(),
+        DEAD_ONES - found.keys(),
         int(run.tags.get("relay.damaged_records", 0)),
         quarantined,
     )
@@ -248,6 +249,10 @@ def points_of(number: int) -> set[Point]:
 def check(scene: Scene, spoilt: Spoilt) -> None:
     """Damage the scene; assert that the loss is bounded by what was hit, and counted."""
     verdict = recover(scene, spoilt)
+    if _looks_like_a_later_release(scene, spoilt):
+        assert verdict.missing_dead == DEAD_ONES, "all of it is left alone"
+        assert not verdict.missing
+        return
     lost = verdict.missing | verdict.missing_dead
     if spoilt.path not in scene.frames and not spoilt.path.endswith("entries"):
         assert not lost, f"{len(lost)} records are lost"
@@ -264,6 +269,15 @@ def check(scene: Scene, spoilt: Spoilt) -> None:
         assert verdict.damaged >= len(lost), f"{verdict.damaged} counted, {len(lost)} lost"
     elif not verdict.quarantined:
         assert verdict.damaged == len(lost), f"{verdict.damaged} counted, {len(lost)} lost"
+
+
+def _looks_like_a_later_release(scene: Scene, spoilt: Spoilt) -> bool:
+    """Another number stands in the version of a journal's file, which is kept for who can read it."""
+    content = scene.files[spoilt.path]
+    if content is None or not spoilt.path.startswith("journals/"):
+        return False
+    damaged = spoilt.apply(content)
+    return len(damaged) >= 64 and damaged[:3] == content[:3] and damaged[3] not in (0, content[3])
 
 
 def _is_counter(spoilt: Spoilt) -> bool:

@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 
 from tests.crash.damage import check, make_scene
+from tests.support.seeds import new_seed
 
 SAMPLE = 150
 
 
 def test_damage_anywhere_is_survived_bounded_and_counted(caplog):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     caplog.set_level(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="relay-damage-", dir="/dev/shm") as path:

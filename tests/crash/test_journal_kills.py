@@ -25,6 +25,7 @@ import pytest
 from mlflow_relay.frames import HEADER_BYTES, iter_entries, read_frame
 from mlflow_relay.journal_files import read_base, salvage_entries
 from mlflow_relay_daemon.spool.disk import try_lock
+from tests.support.seeds import new_seed
 
 KILLS = 30
 LIFE_S_MAX = 0.06
@@ -112,7 +113,7 @@ def wait_until_gone(pid: int) -> None:
 
 @pytest.mark.parametrize("how", ["sending", "silent"])
 def test_every_call_that_returned_is_in_the_journal_after_sigkill(nursery, how):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     returned_in_all = unacked_in_all = 0

@@ -20,6 +20,7 @@ import pytest
 from tests.crash.explorer import Explorer, record_life
 from tests.crash.life import live_by_chance
 from tests.crash.recorder import RecordedDisk
+from tests.support.seeds import new_seed
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_whatever_was_acknowledged_is_found_after_any_crash(folder):
 
 
 def test_whatever_was_acknowledged_in_a_life_by_chance_is_found_after_any_crash(folder):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     moments = record_life(folder / "life", life=partial(live_by_chance, rng=rng))

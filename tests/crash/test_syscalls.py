@@ -8,13 +8,14 @@ import pytest
 
 from tests.crash.cases.syscalls import CALLS, kill_at, why_not
 from tests.crash.outcome import Outcome
+from tests.support.seeds import new_seed
 
 
 def test_a_kill_at_a_system_call_loses_nothing_that_was_acknowledged(caplog):
     reason = why_not()
     if reason:
         pytest.skip(reason)
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     caplog.set_level("CRITICAL")
     outcome = Outcome("", 0, "kills")

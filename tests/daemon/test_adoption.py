@@ -27,6 +27,7 @@ from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.spool.spool import Spool
+from tests.support.seeds import new_seed
 from tests.support.spools import (
     RUN_ID,
     SESSION,
@@ -479,7 +480,7 @@ def test_no_damaged_byte_of_a_journal_stops_the_daemon_or_costs_another_rank(nod
     kill(node.rank(records(0, 6), OTHER, run_id=OTHER_RUN))
     kept = tmp_path / "kept"
     shutil.copytree(node.journals, kept)
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     base, entries = kept / f"{SESSION.hex()}.journal", kept / f"{SESSION.hex()}.000001.entries"

@@ -1144,10 +1144,13 @@ def test_a_reader_that_leaves_early_is_no_error(daemon: FakeDaemon) -> None:
     assert done.stderr == ""
 
 
-def test_a_full_disk_behind_stdout_is_one_line_and_a_failure(daemon: FakeDaemon) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line_and_a_failure(
+    daemon: FakeDaemon, unbuffered: str
+) -> None:
     daemon.shows(a_status(a_run()))
     with Path("/dev/full").open("w") as full:
-        code, _, err = run("runs", stdout=full)
+        code, _, err = run("runs", stdout=full, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
     assert code == 1
     assert err.count("\n") == 1
     assert "No space left" in err

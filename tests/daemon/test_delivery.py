@@ -34,6 +34,7 @@ from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.states import RunState
 from tests.support.fake_sink import FakeRun, FakeSink
 from tests.support.relay import wait_until
+from tests.support.seeds import new_seed
 from tests.support.spools import (
     RUN_ID,
     SESSION,
@@ -750,7 +751,7 @@ def test_a_daemon_killed_between_any_two_disk_operations_delivers_once_in_effect
 
 
 def test_many_kills_in_one_run_deliver_once_in_effect(tmp_path_factory):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     for _ in range(8):

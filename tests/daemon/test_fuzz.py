@@ -23,6 +23,7 @@ from tests.support.relay import Node, finish
 CONFIGS, MESSAGES = 100, 10_000
 RANK = """
 import mlflow_relay
+from tests.support.seeds import new_seed
 with mlflow_relay.start_run("fuzz", run_key="fuzz", rank=0, world_size=1) as run:
     run.log_metric("loss", 1.0)
 """
@@ -30,7 +31,7 @@ with mlflow_relay.start_run("fuzz", run_key="fuzz", rank=0, world_size=1) as run
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     return random.Random(seed)
 

@@ -20,6 +20,7 @@ from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.sequences import Sequences
 from mlflow_relay_daemon.spool.watermark import Watermark
 from mlflow_relay_daemon.states import RunState
+from tests.support.seeds import new_seed
 from tests.support.spools import (
     SESSION,
     FailingDisk,
@@ -556,7 +557,7 @@ def test_a_run_may_be_opened_and_closed_a_thousand_times_without_a_trace(open_ru
 
 
 def test_a_random_life_of_appends_failures_settles_and_restarts_loses_nothing(open_run, disk):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     run = open_run()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlflow_relay_daemon.screen import LINE_CHARS_MAX, OPEN_LINES, Screen
+from tests.support.seeds import new_seed
 
 BAR = "\r{:3d}%|{}| {}/1000"
 
@@ -96,7 +97,7 @@ def test_any_bytes_are_shown_and_the_rest_goes_on_where_they_were_saved(data, at
 
 def test_a_screen_agrees_with_pyte_on_what_both_know() -> None:
     pyte = pytest.importorskip("pyte")
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     moves = ["\r", "\n", "\b", "\t", "\x1b[K", "\x1b[2K", "\x1b[A", "\x1b[B", "\x1b[3C", "\x1b[2D"]

@@ -16,6 +16,7 @@ import pytest
 from tests.support import MlflowServer
 from tests.support import proxy as faults
 from tests.support.relay import Node, finish, last_json, wait_until
+from tests.support.seeds import new_seed
 
 UPLOADS = b"/api/2.0/mlflow-artifacts/artifacts/"
 
@@ -459,7 +460,7 @@ MANY_VERSIONS = """
 def test_kills_of_the_daemon_at_any_moment_leave_the_last_version_of_each_file(
     tmp_path, mlflow_server
 ):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     with Node(tmp_path, mlflow_server.uri, settings={"artifact_uploads": "4"}) as node:

@@ -32,6 +32,7 @@ from tests.support.scenes import (
     steady_points,
     stored,
 )
+from tests.support.seeds import new_seed
 
 LOG_LINE_CHARS_MAX = 2000
 
@@ -365,7 +366,7 @@ def test_peers_that_connect_and_hang_hold_up_nobody(node, good_rank):
 
 
 def test_ten_thousand_mutated_messages_end_nobody_and_change_no_point(node, peer, mlflow_server):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     show(f"seed {seed}")
     rng = random.Random(seed)
     # Their own runs, so that what a mutation makes of them is theirs.

@@ -36,6 +36,7 @@ from tests.support.scenes import (
     stored,
     wait_for,
 )
+from tests.support.seeds import new_seed
 
 MIB = 1 << 20
 
@@ -617,7 +618,7 @@ def flip_at_random(seed: int) -> Callable[[Path], None]:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory, mlflow_server) -> Iterator[Damaged]:
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     damages = {name: damage for name, (damage, _) in DAMAGES.items()}
     damages |= {name: flip_at_random(seed + number) for number, name in enumerate(RANDOM)}
     with damaged_spool(tmp_path_factory.mktemp("damaged"), mlflow_server, damages, seed) as found:
@@ -700,7 +701,7 @@ def test_damage_costs_what_it_hit_and_is_counted_to_the_record(damaged, mlflow_s
 @pytest.mark.torture
 @pytest.mark.timeout(600)
 def test_random_damage_to_many_runs_is_counted_to_the_record(tmp_path, mlflow_server):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     damages = {f"random {number}": flip_at_random(seed + number) for number in range(60)}
     with damaged_spool(tmp_path, mlflow_server, damages, seed) as damaged:
         for name in damages:

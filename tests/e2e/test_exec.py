@@ -185,6 +185,7 @@ def calls_in(path: Path) -> int:
 
 COUNTS = """
 import signal, sys, time
+from tests.support.seeds import new_seed
 got = []
 for each in (signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(each, lambda number, _: got.append(number))
@@ -308,6 +309,6 @@ def test_nothing_accepted_is_lost_when_a_step_is_ended(node, mlflow_server, mlfl
 def test_nothing_accepted_is_lost_in_fifty_steps_with_slurms_own_times(
     node, mlflow_server, mlflow_proxy, tmp_path
 ):
-    seed = random.SystemRandom().randrange(1 << 32)
+    seed = new_seed()
     for i in range(50):
         end_a_step(node, mlflow_server, mlflow_proxy, tmp_path / f"{i}", seed + i, kill_wait_s=30)

@@ -29,6 +29,7 @@ from tests.support.jobs import (
     wait_for_points,
 )
 from tests.support.relay import Node, wait_until
+from tests.support.seeds import new_seed
 
 KILLS = 20
 #: A call takes microseconds; this says only that nothing waits for a daemon that is dead.
@@ -130,7 +131,7 @@ def test_one_killed_rank_of_two_fails_the_run_and_is_named(node, mlflow_server):
 
 def test_every_call_that_returned_before_a_kill_at_any_moment_arrives(node, mlflow_server):
     """Each rank writes to a pipe after each call: what it says there, it had logged."""
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     show(f"seed of the kills: {seed}")
     moments = random.Random(seed)
     script = """
@@ -240,7 +241,7 @@ UNDER_LOAD = """
 
 def test_ranks_and_daemon_that_are_killed_by_turns_lose_nothing(mortal_node, mlflow_server):
     """Dead ranks' journals are taken over by daemons that are killed as they do it."""
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     show(f"seed of the kills: {seed}")
     moments = random.Random(seed)
     node = mortal_node
@@ -272,7 +273,7 @@ def test_ranks_and_daemon_that_are_killed_by_turns_lose_nothing(mortal_node, mlf
 def test_twenty_kills_of_the_daemon_under_load_lose_nothing_and_stall_nobody(
     mortal_node, mlflow_server
 ):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     show(f"seed of the kills: {seed}")
     moments = random.Random(seed)
     node = mortal_node

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import textwrap
 from collections.abc import Iterator
 
@@ -28,6 +27,7 @@ from tests.support.jobs import (
     wait_for_points,
 )
 from tests.support.relay import Node
+from tests.support.seeds import new_seed
 from tests.support.servers import MlflowServer
 
 
@@ -416,7 +416,7 @@ FORKING_IN_THE_MIDDLE = """
 
 
 def test_forks_in_the_middle_of_logging_threads_lose_nothing(node, mlflow_server):
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     show(f"seed of the forks: {seed}")
     rank = start_rank(node, FORKING_IN_THE_MIDDLE, seed)
     output = last_words(rank)

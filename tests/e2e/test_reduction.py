@@ -23,6 +23,7 @@ from tests.support.jobs import (
     tell,
 )
 from tests.support.relay import Node, wait_until
+from tests.support.seeds import new_seed
 
 if TYPE_CHECKING:
     import subprocess
@@ -146,7 +147,7 @@ def test_eight_ranks_a_thousand_steps_one_slow_one_killed(node, mlflow_server) -
 
 
 def test_a_daemon_killed_again_and_again_makes_each_point_once(node, mlflow_server) -> None:
-    seed = random.randrange(1 << 32)
+    seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
     key = "reduce, daemon killed"

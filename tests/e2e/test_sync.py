@@ -119,7 +119,7 @@ def bring_relay_family(folder: Path, server: MlflowServer, order: list[str], poi
         role: write_spool(folder / role, card, points=points) for role, card in cards.items()
     }
     for role in order:
-        sync(folder / role, "--tracking-uri", server.uri)
+        sync(folder / role, "--tracking-uri", server.uri, patience_s=600)
     runs = {role: only(server, ids[role]) for role in ids}
     for role, run in runs.items():
         assert server.all_points(run.info.run_id) == points_by_role[role], role

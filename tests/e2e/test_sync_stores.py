@@ -236,6 +236,7 @@ def test_a_database_of_an_old_schema_is_read(tmp_path, mlflow_server):
     ]
     assert (run.info.status, run.info.start_time) == ("KILLED", 1500000000000)
     assert (run.data.tags["mlflow.user"], told["experiment_name"]) == ("ada", "of 2018")
+    assert not mlflow_server.client().list_artifacts(run.info.run_id), "of no folder that it named"
 
 
 @pytest.mark.parametrize("beside", ["mlartifacts", ""])

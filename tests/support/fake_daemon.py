@@ -137,6 +137,9 @@ class FakeDaemon:
             self._attach(peer, payload)
         elif kind == messages.DATA:
             self._keep(peer, payload)
+        elif kind == messages.ALIVE:
+            if payload not in self._peers:
+                self._answer(peer, messages.UNKNOWN, payload)
         elif kind == messages.DETACH:
             session, lost = messages.unpack_detach(payload)
             if self.detaches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import uuid
@@ -21,8 +22,10 @@ from mlflow_relay.frames import pack_entry, pack_frame, read_frame
 from mlflow_relay_daemon.spool.card import Card, Link, SessionCard
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.spool import Spool
-from tests.support.relay import PATIENCE_S, _clean_environ
+from tests.support.relay import _clean_environ
 from tests.support.servers import Point
+
+SYNC_PATIENCE_S = 100.0  #: less than a test may last
 
 START_MS = 1_795_000_000_000
 FINISHED = 3  # mlflow.entities.RunStatus
@@ -229,7 +232,7 @@ def start_sync(
     """Start `mlflow-relay sync` in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "mlflow_relay_daemon", "sync", *map(str, arguments)],
-        env={**_clean_environ(), **(environ or {})},
+        env={**_clean_environ(), "PYTHONFAULTHANDLER": "1", **(environ or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -238,11 +241,14 @@ def start_sync(
 
 
 def sync(
-    *arguments: object, code: int = 0, environ: Mapping[str, str] | None = None
+    *arguments: object,
+    code: int = 0,
+    environ: Mapping[str, str] | None = None,
+    patience_s: float = SYNC_PATIENCE_S,
 ) -> dict[str, Any]:
     """Call `mlflow-relay sync --json`, which must end with this code; return what it printed."""
     process = start_sync(*arguments, "--json", environ=environ)
-    output, errors = process.communicate(timeout=10 * PATIENCE_S)
+    output, errors = _communicate(process, patience_s)
     assert process.returncode == code, f"{process.returncode}\n{output}\n{errors}"
     found: dict[str, Any] = json.loads(output)
     return found
@@ -251,10 +257,19 @@ def sync(
 def complaint(*arguments: object, code: int, environ: Mapping[str, str] | None = None) -> str:
     """Call `mlflow-relay sync`, which must fail with this code and one line; return the line."""
     process = start_sync(*arguments, environ=environ)
-    _, errors = process.communicate(timeout=PATIENCE_S)
+    _, errors = _communicate(process, SYNC_PATIENCE_S)
     assert process.returncode == code, errors
     (line,) = errors.strip().splitlines()
     return line
+
+
+def _communicate(process: subprocess.Popen[str], patience_s: float) -> tuple[str, str]:
+    """Wait for its end; a process that hangs is ended, and says where it was."""
+    try:
+        return process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        return process.communicate()
 
 
 def sent(done: Mapping[str, Any]) -> int:

@@ -92,7 +92,7 @@ class FileRun(ForeignRun):
         """Return the files beside the run; where it says that they are is another machine."""
         folder = self.folder / "artifacts"
         if not folder.is_dir() and self.artifact_uri:
-            found = local_folder(self.artifact_uri)
+            found = local_folder(self.artifact_uri, self.folder.name)
             if found is None:
                 self._note(f"its artifacts are not here, but at {redact_uri(self.artifact_uri)}")
                 return []

@@ -23,7 +23,7 @@ from mlflow_relay_daemon.importers.foreign import (
 )
 from mlflow_relay_daemon.sinks import DatasetInput, Metric
 from mlflow_relay_daemon.sinks.redact import redact_uri
-from mlflow_relay_daemon.sync.artifacts import Wanted, local_folder, wanted_folder
+from mlflow_relay_daemon.sync.artifacts import Wanted, is_artifact_root, local_folder, wanted_folder
 from mlflow_relay_daemon.sync.source import Chunk, ForeignRun, Size, SourceError
 
 MAGIC = b"SQLite format 3\0"
@@ -76,15 +76,16 @@ class TableRun(ForeignRun):
 
     def wanted(self) -> list[Wanted]:
         """Return the files of the run: where it says, or in a folder beside the database."""
+        if not self.artifact_uri:
+            return []  # MLflow of 2018 kept it in the run's tags
         names = Path(unquote(urlsplit(self.artifact_uri).path)).parts[-3:]
         beside = [self.database.parent.joinpath(each, *names) for each in ARTIFACT_FOLDERS]
-        here = [local_folder(self.artifact_uri), *(each for each in beside if each.is_dir())]
-        found = next((each for each in here if each is not None), None)
+        here = [each for each in beside if is_artifact_root(each, self.run_uuid)]
+        found = local_folder(self.artifact_uri, self.run_uuid) or next(iter(here), None)
         if found is not None:
             return list(wanted_folder(found, self.notes))
-        if self.artifact_uri:
-            text = f"its artifacts are not here: no {redact_uri(self.artifact_uri)}"
-            self.notes.append(f"{text}, nor {'/'.join(names)} in mlartifacts/ beside {DATABASE}")
+        text = f"its artifacts are not here: no {redact_uri(self.artifact_uri)}"
+        self.notes.append(f"{text}, nor {'/'.join(names)} in mlartifacts/ beside {DATABASE}")
         return []
 
 

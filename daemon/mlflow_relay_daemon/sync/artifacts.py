@@ -87,13 +87,22 @@ def wanted_folder(folder: Path, notes: list[str]) -> Iterator[Wanted]:
                 notes.append(f"artifact {file} was left out: {error}")
 
 
-def local_folder(artifact_uri: str) -> Path | None:
+def local_folder(artifact_uri: str, run_id: str) -> Path | None:
     """Return the folder that an artifact URI names; None: it is none, or not on this machine."""
     parts = urlsplit(artifact_uri)
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
         return None
     folder = Path(unquote(parts.path))
-    return folder if folder.is_dir() else None
+    return folder if folder.is_absolute() and is_artifact_root(folder, run_id) else None
+
+
+def is_artifact_root(folder: Path, run_id: str) -> bool:
+    """Return whether a folder is there that can hold the files of a run.
+
+    MLflow keeps them within a folder that bears the run's id. Any other one is not the run's:
+    nobody's home is to be published because a URI says "/", or nothing.
+    """
+    return run_id in folder.parts and folder.is_dir()
 
 
 def mark_of(size: int, digest: bytes) -> int:
