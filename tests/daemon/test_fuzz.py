@@ -19,11 +19,11 @@ from mlflow_relay_daemon.cli import cli
 from mlflow_relay_daemon.config import SETTINGS
 from tests.daemon.test_commands import APART
 from tests.support.relay import Node, finish
+from tests.support.seeds import new_seed
 
 CONFIGS, MESSAGES = 100, 10_000
 RANK = """
 import mlflow_relay
-from tests.support.seeds import new_seed
 with mlflow_relay.start_run("fuzz", run_key="fuzz", rank=0, world_size=1) as run:
     run.log_metric("loss", 1.0)
 """

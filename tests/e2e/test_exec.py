@@ -17,6 +17,7 @@ from tests.support import TcpProxy
 from tests.support.jobs import PREAMBLE, assert_exactly, now_ms, only_run, own_params
 from tests.support.relay import Node, wait_until
 from tests.support.scenes import fresh_name
+from tests.support.seeds import new_seed
 
 EXEC = [sys.executable, "-m", "mlflow_relay_daemon", "exec"]
 
@@ -185,7 +186,6 @@ def calls_in(path: Path) -> int:
 
 COUNTS = """
 import signal, sys, time
-from tests.support.seeds import new_seed
 got = []
 for each in (signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(each, lambda number, _: got.append(number))
