@@ -80,13 +80,17 @@ def test_texts_are_sent_again_only_if_they_have_changed():
     assert list(text_chunks(texts, 1, {TEXTS_SEEN: 1})) == [chunk]
 
 
-def test_an_artifact_uri_is_a_folder_here_or_none(tmp_path):
-    assert local_folder(f"file://{tmp_path}") == tmp_path
-    assert local_folder(str(tmp_path)) == tmp_path
+def test_an_artifact_uri_is_a_folder_of_the_runs_own_here_or_none(tmp_path):
+    folder = tmp_path / OWN / "artifacts"
+    folder.mkdir(parents=True)
+    assert local_folder(f"file://{folder}", OWN) == folder
+    assert local_folder(str(folder), OWN) == folder
     for uri in (
-        f"file://{tmp_path}/no",
+        "",
+        str(tmp_path),
+        f"file://{folder}/no",
         "s3://bucket/x",
-        f"file://host{tmp_path}",
+        f"file://host{folder}",
         "mlflow-artifacts:/1",
     ):
-        assert local_folder(uri) is None
+        assert local_folder(uri, OWN) is None

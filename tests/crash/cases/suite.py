@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ def run(job: Job) -> Outcome:
         process = subprocess.Popen(
             [sys.executable, "-m", "pytest", "-q", "-m", "torture", "-p", "no:cacheprovider"],
             cwd=ROOT,
+            env={**os.environ, "SEED": str(job.seed)},
             stdout=file,
             stderr=file,
         )
