@@ -120,7 +120,7 @@ def read_attachment(payload: bytes) -> Attachment:
         fork=_run_id(fields, "fork", optional=True),
         is_plain=_of_type(fields, "is_plain", bool),
         first_seq=_whole(fields, "first_seq") if "first_seq" in fields else 0,
-        node_rank=_whole(fields, "node_rank") if "node_rank" in fields else None,
+        node_rank=None if fields.get("node_rank") is None else _whole(fields, "node_rank"),
         local_world_size=_whole(fields, "local_world_size"),
     )
 

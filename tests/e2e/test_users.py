@@ -67,10 +67,12 @@ class SharedNode:
         for path in (folder / "run", folder / "var", folder / "var/lib"):
             os.chmod(path, 0o755)
         self.environ = {**_clean_environ(), "MLFLOW_RELAY_SOCKET": str(self.socket)}
+        self.environ["MLFLOW_RELAY_TERMINAL"] = "none"
         self.command_line, environ = unit_in(folder)
         self.daemon_environ = {
             **self.environ,
             **environ,
+            "MLFLOW_RELAY_NODE_METRICS": "0",  # tests count what their ranks have logged
             "MLFLOW_RELAY_GROUP": str(GROUP_GID),  # the group of that name is not on this machine
             "MLFLOW_RELAY_TRACKING_URI": uri,
             "MLFLOW_RELAY_FREE_BYTES_MIN": "0",

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
+from starlette.responses import HTMLResponse, JSONResponse
 from starlette.routing import BaseRoute, Route
 
 from mlflow_relay_daemon.api.peers import request_uid
@@ -51,7 +51,6 @@ def routes(service: Service) -> list[BaseRoute]:
         return JSONResponse(_strict(found), headers=headers)
 
     return [
-        Route("/", lambda _request: RedirectResponse("/relay/")),
         Route("/relay/", page),
         Route("/relay/status", status),
         Route("/relay/dead-letters/{run_id}", letters),
