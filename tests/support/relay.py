@@ -197,9 +197,18 @@ def last_json(output: str) -> Any:
 
 
 def _clean_environ() -> dict[str, str]:
-    """Return the environment without what would tell a process who it is, or where MLflow is."""
+    """Return the environment without what would tell a process who it is, or where MLflow is; and
+    without what has a line written in two parts, between which another thread's may come."""
     foreign = ("MLFLOW_", "SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "XDG_")
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = (
+        "PYTHONUNBUFFERED",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )
     return {
         name: value
         for name, value in os.environ.items()
