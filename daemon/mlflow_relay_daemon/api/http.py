@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from mlflow_relay_daemon.api import health, metrics, page, tracking_routes
-from mlflow_relay_daemon.api.access import Access
+from mlflow_relay_daemon.api.guard import Guard
 
 if TYPE_CHECKING:
     from starlette.routing import BaseRoute
@@ -44,11 +44,11 @@ class HttpServer:
     def __init__(self, service: Service, port: int) -> None:
         self._listener = _listen(port)
         self.port: int = self._listener.getsockname()[1]
-        self._access = Access(service.config.socket.parent)
-        self.token = self._access.token
+        self._guard = Guard(service.config.socket.parent)
+        self.token = self._guard.token
         config = uvicorn.Config(
             Starlette(
-                routes=_routes(service, self._access),
+                routes=_routes(service, self._guard),
                 middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOST_NAMES)],
             ),
             log_config=None,  # the daemon's own logging
@@ -73,7 +73,7 @@ class HttpServer:
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
         self._listener.close()
-        self._access.close()
+        self._guard.close()
 
     def _serve(self) -> None:
         try:
@@ -97,7 +97,7 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _routes(service: Service, access: Access) -> list[BaseRoute]:
+def _routes(service: Service, guard: Guard) -> list[BaseRoute]:
     """Return all that is served here; one room each, and the one that takes all the rest last."""
     own = [route for room in (health, metrics, page) for route in room.routes(service)]
-    return [*own, *tracking_routes.routes(service, access)]
+    return [*own, *tracking_routes.routes(service, guard)]

@@ -24,13 +24,18 @@ def request_uid(request: Request) -> int:
 
     Raises: HTTPException: 403: it cannot be told.
     """
-    server = request.scope.get("server")
-    uid = None
-    if request.client is not None and server is not None:
-        uid = connection_uid(request.client, (str(server[0]), int(server[1])))
+    uid = peer_uid(request)
     if uid is None:
         raise HTTPException(403, "the kernel does not tell whose connection this is: ask again")
     return uid
+
+
+def peer_uid(request: Request) -> int | None:
+    """Return the uid of the process that sent a request; None: it cannot be told."""
+    server = request.scope.get("server")
+    if request.client is None or server is None:
+        return None
+    return connection_uid(request.client, (str(server[0]), int(server[1])))
 
 
 def connection_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:

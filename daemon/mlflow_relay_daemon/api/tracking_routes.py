@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import BaseRoute, Route
 
 from mlflow_relay_daemon.api import files
-from mlflow_relay_daemon.api.access import Access
 from mlflow_relay_daemon.api.checks import Body
 from mlflow_relay_daemon.api.errors import ApiError, invalid
 from mlflow_relay_daemon.api.experiments import Experiments
+from mlflow_relay_daemon.api.guard import Guard
 from mlflow_relay_daemon.api.run_writes import CREATE_WAIT_S
 from mlflow_relay_daemon.api.tracking import Tracking
 from mlflow_relay_daemon.api.upstream import Upstream, unanswered
@@ -44,7 +44,7 @@ _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"]
 Answering = Callable[[Request], Any]
 
 
-def routes(service: Service, access: Access) -> list[BaseRoute]:
+def routes(service: Service, guard: Guard) -> list[BaseRoute]:
     """Return MLflow's API; stands last, because it passes on whatever nobody else has taken."""
     config = service.config
     is_http = config.tracking_uri.startswith(("http://", "https://")) and not config.offline
@@ -57,7 +57,7 @@ def routes(service: Service, access: Access) -> list[BaseRoute]:
     experiments = Experiments(spool.disk, spool.folder, redact_uri(config.tracking_uri))
     writer = Writer(service.runs, service.in_loop)
     tracking = Tracking(service.runs, writer, upstream, experiments)
-    doors = _Doors(tracking, upstream, access, files.Files(spool, writer))
+    doors = _Doors(tracking, upstream, guard, files.Files(spool, writer))
     return [
         Route("/health", _health),
         Route("/version", doors.version),
@@ -84,9 +84,9 @@ class _Doors:
     """HTTP on one side, `Tracking` and the server on the other."""
 
     def __init__(
-        self, tracking: Tracking, upstream: Upstream, access: Access, kept_files: files.Files
+        self, tracking: Tracking, upstream: Upstream, guard: Guard, kept_files: files.Files
     ) -> None:
-        self._tracking, self._upstream, self._access = tracking, upstream, access
+        self._tracking, self._upstream, self._guard = tracking, upstream, guard
         self._files = kept_files
 
     def answering(self, answer: Callable[[Body], dict[str, Any]]) -> Answering:
@@ -96,7 +96,7 @@ class _Doors:
             data = await request.body()
 
             def work() -> Response:
-                self._access.check(request)
+                self._guard.check(request)
                 content = orjson.dumps(answer(_fields(request, data)))
                 return Response(content, media_type="application/json")
 
@@ -130,7 +130,7 @@ class _Doors:
             return await run_in_threadpool(_refusals, lambda: self._pass_on(request, body, size))
 
     def _pass_on(self, request: Request, body: IO[bytes], size: int) -> Response:
-        self._access.check(request)
+        self._guard.check(request)
         try:
             return self._ask_server(request, body, size)
         except ApiError as error:

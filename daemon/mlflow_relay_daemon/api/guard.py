@@ -11,12 +11,12 @@ import base64
 import hmac
 import os
 import secrets
-import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from mlflow_relay_daemon.api.errors import ApiError
+from mlflow_relay_daemon.api.peers import peer_uid
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -25,7 +25,7 @@ TOKEN_NAME = "http-token"  # noqa: S105  # the file's name
 _LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-class Access:
+class Guard:
     """Checks requests.
 
     Args: folder: of the socket; the token's file is made there, anew at each start.
@@ -50,7 +50,7 @@ class Access:
             raise ApiError("PERMISSION_DENIED", f"a page of {origin} may not use this endpoint")
         if self._has_token(request.headers.get("authorization", "")):
             return
-        if request.client is None or _uid_of(*request.client) not in (os.getuid(), 0):
+        if peer_uid(request) not in (os.getuid(), 0):
             raise ApiError(
                 "UNAUTHENTICATED",
                 "this is another user's mlflow-relay: set MLFLOW_TRACKING_TOKEN to the content of "
@@ -66,16 +66,3 @@ class Access:
             except ValueError:
                 return False
         return hmac.compare_digest(given.strip().encode(), self.token.encode())
-
-
-def _uid_of(host: str, port: int) -> int | None:
-    """Return the user of the process at the other end of a loopback connection; None: unknown."""
-    address = int.from_bytes(socket.inet_aton(host), "little")
-    wanted = f"{address:08X}:{port:04X}"
-    with open("/proc/net/tcp", encoding="ascii") as table:
-        next(table)
-        for line in table:
-            fields = line.split()
-            if fields[1] == wanted:
-                return int(fields[7])
-    return None
