@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from mlflow_relay.records import METRICS_PER_RECORD_MAX, Combined, Reduce
@@ -171,19 +172,26 @@ def joined(combined: Iterable[Combined]) -> list[Combined]:
 
 
 def combine(how: str, values: Sequence[float]) -> float:
-    """Return mean, sum, min or max as numpy would: a NaN makes all NaN. Order does not matter."""
+    """Return mean, sum, min or max exactly: a NaN makes all NaN. Order does not matter."""
     if any(map(math.isnan, values)):
         return math.nan
     if how == "min":
         return min(values)
     if how == "max":
         return max(values)
-    total = _sum(values)
-    return total / len(values) if how == "mean" else total
+    return _sum(values, len(values) if how == "mean" else 1)
 
 
-def _sum(values: Sequence[float]) -> float:
+def _sum(values: Sequence[float], divisor: int) -> float:
+    """Return the sum divided, exact until it is rounded: the same in whatever order values came."""
+    infinite = {value for value in values if math.isinf(value)}
+    if infinite:
+        return sum(infinite)
     try:
-        return math.fsum(values)  # exact, so that it is the same in whatever order values came
-    except (ValueError, OverflowError):  # infinities of both signs; beyond float64
-        return sum(values)
+        return math.fsum(values) / divisor
+    except OverflowError:  # on the way, though perhaps not in the end
+        total = sum(map(Fraction, values)) / divisor
+    try:
+        return float(total)
+    except OverflowError:
+        return math.inf if total > 0 else -math.inf
