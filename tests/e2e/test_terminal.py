@@ -52,7 +52,7 @@ PRINTS = """
     import ctypes, subprocess, sys
     from tqdm import tqdm
     run = mlflow_relay.start_run("terminal", run_key=sys.argv[1])
-    print("from Python")
+    print("from Python", flush=True)
     print("from Python, to stderr", file=sys.stderr)
     sys.stdout.flush()
     subprocess.run([sys.executable, "-c", "print('from a child process')"], check=True)
