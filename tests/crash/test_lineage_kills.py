@@ -189,7 +189,6 @@ def test_a_resumed_fork_survives_a_kill_at_any_step(
         if not was_killed:
             break
         killed_at.append(point.request.partition("?")[0])
-        print("DBG", number, point.request, round(time.monotonic() - begin_s, 1))
     show(f"killed at {len(killed_at)} steps, {time.monotonic() - begin_s:.1f} s: {killed_at}")
     assert killed_at.count("runs/create") == 1
     assert len(killed_at) >= (5 if is_done else 9)
@@ -223,7 +222,6 @@ def test_a_link_that_waited_survives_a_kill_at_any_step(is_done, node, mlflow_se
         if not was_killed:
             break
         killed_at.append(point.request.partition("?")[0])
-        print("DBG", number, point.request, round(time.monotonic() - begin_s, 1))
     show(f"killed at {len(killed_at)} steps, {time.monotonic() - begin_s:.1f} s: {killed_at}")
     assert len(killed_at) >= 9
 
