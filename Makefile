@@ -4,7 +4,7 @@
 PYTHON ?= python3
 ARGS ?=
 # Test files at work at the same time; JOBS=0: one after the other, and ARGS=-s shows what they print.
-JOBS ?= 3
+JOBS ?= 2
 QUICK ?=
 HOURS ?=
 SEED ?=

@@ -57,7 +57,17 @@ FLOORS = [
 LOWER = {"sinks.redact": 6}
 #: What a pure room may import from the standard library: nothing that reads, writes or waits.
 PURE = {
-    *("__future__", "base64", "codecs", "collections", "dataclasses", "datetime", "email", "enum"),
+    *(
+        "__future__",
+        "base64",
+        "codecs",
+        "collections",
+        "dataclasses",
+        "datetime",
+        "email",
+        "enum",
+        "fractions",
+    ),
     "functools",
     *(
         "itertools",

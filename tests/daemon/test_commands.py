@@ -104,7 +104,9 @@ DOWN = {
 class FakeDaemon:
     """A ROUTER socket that answers control commands from a table, in a thread."""
 
-    def __init__(self, socket: Path) -> None:
+    def __init__(
+        self, socket: Path, set_up: Callable[[FakeDaemon], object] = lambda _: None
+    ) -> None:
         self.socket = socket
         self.answers: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
             "ping": lambda _: {"pid": 4321, "version": __version__}
@@ -112,6 +114,7 @@ class FakeDaemon:
         self.asked: list[dict[str, Any]] = []
         self.silent = False
         self.raw_reply: list[bytes] | None = None
+        set_up(self)
         self._stop = threading.Event()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -624,8 +627,7 @@ def test_flush_outlives_a_restart_of_the_daemon(daemon: FakeDaemon, place: Path)
         time.sleep(0.5)
         daemon.close()
         time.sleep(0.5)
-        others.append(FakeDaemon(place))
-        Delivering(others[0], settled(100))
+        others.append(FakeDaemon(place, lambda new: Delivering(new, settled(100))))
 
     thread = threading.Thread(target=restart)
     thread.start()

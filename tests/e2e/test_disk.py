@@ -20,7 +20,7 @@ from mlflow_relay import frames, journal_files
 from mlflow_relay_daemon.attachment import read_attachment
 from mlflow_relay_daemon.spool import segment
 from tests.support import MlflowServer, TcpProxy
-from tests.support.relay import Node, finish, last_json, wait_until
+from tests.support.relay import Node, finish, last_json, rest_of, wait_until
 from tests.support.scenes import (
     Place,
     Stored,
@@ -95,7 +95,7 @@ class Bulky:
 
     def kill(self) -> None:
         self.process.kill()
-        self.said += self.process.communicate()[0].splitlines()
+        self.said += rest_of(self.process).splitlines()
 
     def _word(self) -> str:
         """Return the next line that is an answer, and not the client's log."""
@@ -325,6 +325,8 @@ def test_a_quota_stops_acks_and_all_that_was_kept_arrives(tmp_path, mlflow_serve
         rank.log(400)  # 3.2 MB
         wait_until(lambda: node.status()["disk"]["full"], "the quota is reached")
         wait_until(lambda: total(node) == 800, "spool and journal hold all, together")
+        # What comes together does not fit; a moment later it is tried one by one.
+        wait_until(lambda: node.status()["disk"]["spool_bytes"], "what fits is kept")
         assert_no_ack_without_disk(node, rank.run_id)
         disk = node.status()["disk"]
         assert 0 < disk["spool_bytes"] <= disk["spool_bytes_max"] == 1_000_000

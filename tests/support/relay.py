@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -185,10 +186,24 @@ class Node:
 
 def finish(processes: Sequence[subprocess.Popen[str]], timeout_s: float = PATIENCE_S) -> list[str]:
     """Wait for ranks that must end well; return what each printed."""
-    outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+    outputs = [rest_of(process, timeout_s) for process in processes]
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
     return outputs
+
+
+def rest_of(process: subprocess.Popen[str], timeout_s: float = PATIENCE_S) -> str:
+    """Return what a process prints until its end.
+
+    Not by `communicate`, which misses what a `readline` before it has read ahead.
+    """
+    assert process.stdout is not None
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    output = process.stdout.read()
+    process.wait(timeout_s)
+    return output
 
 
 def last_json(output: str) -> Any:
