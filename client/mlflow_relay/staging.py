@@ -175,10 +175,13 @@ def _link(source: str, found: os.stat_result, target: Path) -> bool:
         if (made.st_dev, made.st_ino) != (found.st_dev, found.st_ino):
             link.unlink()  # another file has taken the name since we opened it
             return False
-        os.rename(link, target)
     except OSError:
         link.unlink(missing_ok=True)
         return False
+    # Not over the target: for a file that replaces another one ext4 finds room on the disk at once,
+    # which takes 0.7 s for 2 GB that were just written.
+    target.unlink()
+    os.rename(link, target)
     return True
 
 
