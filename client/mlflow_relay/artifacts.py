@@ -11,10 +11,9 @@ import os
 import posixpath
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from time import time_ns
 from typing import TYPE_CHECKING, Any
 
-from . import settings
+from . import clock, settings
 from .records import Artifact, check_artifact_path, pack_artifact
 from .staging import (
     NO_ROOM,
@@ -186,7 +185,7 @@ class ArtifactCalls:
             target = check_artifact_path(artifact_file)
             self._log_bytes(media.picture_bytes(picture, target), target)
             return
-        stem = media.series_name(str(key), step or 0, timestamp or _now_ms())
+        stem = media.series_name(str(key), step or 0, timestamp or clock.now_ms())
         for name, each in ((".png", picture), ("+compressed.webp", media.thumbnail(picture))):
             target = check_artifact_path(stem + name)
             self._log_bytes(media.picture_bytes(each, target), target)
@@ -231,14 +230,14 @@ class ArtifactCalls:
         room.check(size)
         staged, is_kept = stage(file), False
         try:
-            is_kept = self._keep(pack_artifact(Artifact(_now_ms(), target, name, *staged)))
+            is_kept = self._keep(pack_artifact(Artifact(clock.now_ms(), target, name, *staged)))
         finally:
             if not is_kept:
                 file.unlink(missing_ok=True)
 
     def _keep_in_place(self, path: str, target: str) -> None:
         name, staged = os.urandom(16).hex(), leave_in_place(path)
-        self._keep(pack_artifact(Artifact(_now_ms(), target, name, *staged)))
+        self._keep(pack_artifact(Artifact(clock.now_ms(), target, name, *staged)))
 
     def _keep(self, record: bytes) -> bool:
         raise NotImplementedError
@@ -248,7 +247,3 @@ class ArtifactCalls:
 
     def set_tag(self, key: str, value: Any) -> None:
         raise NotImplementedError
-
-
-def _now_ms() -> int:
-    return time_ns() // 1_000_000

@@ -21,11 +21,11 @@ from mlflow.utils import validation
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 
-from . import records
+from . import clock, records
 from .errors import RelayError
 from .mlflow_artifacts import to_ours, to_servers
 from .mlflow_door import Door, Endpoint, read_uri
-from .mlflow_writer import RunWriter, now_ms
+from .mlflow_writer import RunWriter
 
 _ENDS = frozenset({"FINISHED", "FAILED", "KILLED"})
 #: Keys that MLflow's rules have passed; a program that makes up keys for ever must not grow.
@@ -111,7 +111,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         writer = self._writers.get(run_id)
         status = None if run_status is None else RunStatus.to_string(run_status)
         if writer is not None and writer.is_rank and status in _ENDS:
-            return self._end(run_id, writer, status, end_time or now_ms(), run_name)
+            return self._end(run_id, writer, status, end_time or clock.now_ms(), run_name)
         info = super().update_run_info(run_id, run_status, end_time, run_name)
         if status == "RUNNING" and (writer is None or not writer.is_rank):
             self._begin(info)
@@ -149,7 +149,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         self, run_id: str, writer: RunWriter, status: str, end_ms: int, run_name: str | None
     ) -> RunInfo:
         if run_name:
-            writer.append(records.pack_tags({"mlflow.runName": run_name}, now_ms()))
+            writer.append(records.pack_tags({"mlflow.runName": run_name}, clock.now_ms()))
         with self._lock:
             self._writers.pop(run_id, None)
             known = self._infos.pop(run_id)
@@ -177,7 +177,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
 
     def set_tag(self, run_id: str, tag: Any) -> None:
         validation._validate_tag(tag.key, tag.value)  # noqa: SLF001
-        self._writer(run_id).append(records.pack_tags({tag.key: _text(tag)}, now_ms()))
+        self._writer(run_id).append(records.pack_tags({tag.key: _text(tag)}, clock.now_ms()))
 
     def log_batch(
         self, run_id: str, metrics: Sequence[Any], params: Sequence[Any], tags: Sequence[Any]
@@ -255,7 +255,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
 
     def _append_texts(self, run_id: str, pack: Any, items: dict[str, str]) -> None:
         for part in records.text_chunks(items):
-            self._writer(run_id).append(pack(part, now_ms()))
+            self._writer(run_id).append(pack(part, clock.now_ms()))
 
     # ── the journals ──
 

@@ -8,10 +8,10 @@ import os
 import weakref
 from collections.abc import Callable
 from threading import Lock
-from time import monotonic, sleep, time_ns
+from time import monotonic, sleep
 from typing import Any
 
-from . import records
+from . import clock, records
 from .autostart import start_daemon
 from .mlflow_door import Options
 from .session import Session
@@ -68,7 +68,7 @@ class RunWriter:
 
     def leave(self) -> None:
         """This process has nothing more to say, and the run goes on without it."""
-        self._leave(records.pack_end(records.GOES_ON, "", now_ms()))
+        self._leave(records.pack_end(records.GOES_ON, "", clock.now_ms()))
 
     def _leave(self, end: bytes) -> None:
         session, self._session = self._session, None
@@ -106,7 +106,7 @@ class RunWriter:
             "rank": 0,
             "world_size": 1,
             "node": os.uname().nodename,
-            "start_ms": now_ms(),
+            "start_ms": clock.now_ms(),
             "tags": {},
             "primary": is_rank,
             "node_count": 1,
@@ -125,11 +125,6 @@ class RunWriter:
         )
 
 
-def now_ms() -> int:
-    """Return the time, as MLflow counts it."""
-    return time_ns() // 1_000_000
-
-
 def _after_fork_in_child() -> None:
     for writer in list(_writers):
         writer.forked()
@@ -139,7 +134,7 @@ def _mark_at_exit() -> None:
     """What nobody ended goes on, as in MLflow, unless MLflow's own exit ends it after us."""
     for writer in list(_writers):
         if writer.is_rank:
-            writer.append(records.pack_end(records.GOES_ON, "", now_ms()))
+            writer.append(records.pack_end(records.GOES_ON, "", clock.now_ms()))
 
 
 atexit.register(_mark_at_exit)

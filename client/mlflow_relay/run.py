@@ -16,7 +16,7 @@ from time import time_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import fluent, records, settings
+from . import clock, fluent, records, settings
 from .artifacts import ArtifactCalls
 from .autostart import start_daemon
 from .errors import RelayError
@@ -179,7 +179,7 @@ class Run(ArtifactCalls):
             "rank": who.rank,
             "world_size": who.world_size,
             "node": os.uname().nodename,
-            "start_ms": _now_ms(),
+            "start_ms": clock.now_ms(),
             "tags": {**tags, **launch_tags(who)},
             "primary": True,
             "node_count": _node_count(who),
@@ -226,14 +226,14 @@ class Run(ArtifactCalls):
         elif step is None:
             checked = {key: records.to_float(key, value) for key, value in metrics.items()}
             steps = [next(self._next_step[key]) for key in checked]
-            self._keep(self._packer.pack_steps(checked, steps, _now_ms()))
+            self._keep(self._packer.pack_steps(checked, steps, clock.now_ms()))
         else:
             self._keep(self._packer.pack(metrics, step, time_ns() // 1_000_000))
 
     def _log_reduced(self, metrics: Mapping[str, Any], step: int | None, how: str) -> None:
         if step is None:
             raise ValueError(f"reduce={how!r} needs a step: ranks are brought together by it")
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
             self._keep(records.pack_reduce(how, part, step, now_ms))
 
@@ -268,7 +268,7 @@ class Run(ArtifactCalls):
             records.check_key(what, key): records.to_text(what, key, value)
             for key, value in items.items()
         }
-        now_ms = _now_ms()
+        now_ms = clock.now_ms()
         for part in records.text_chunks(texts):
             self._keep(pack(part, now_ms))
 
@@ -296,7 +296,7 @@ class Run(ArtifactCalls):
         # Only if it is this process's own: a forked child that logged nothing has nothing to end.
         session = self._session
         if session is not None:
-            session.journal.seal(records.pack_end(status, _cut(reason), _now_ms()))
+            session.journal.seal(records.pack_end(status, _cut(reason), clock.now_ms()))
         self._ended = True
         fluent.clear_active(self)
         _runs.discard(self)
@@ -415,10 +415,6 @@ def _node_rank(who: Launch) -> dict[str, int]:
     if who.local_world_size and first >= 0 and first % who.local_world_size == 0:
         return {"node_rank": first // who.local_world_size}
     return {}
-
-
-def _now_ms() -> int:
-    return time_ns() // 1_000_000
 
 
 def _status_of(error: BaseException | None) -> str:

@@ -11,11 +11,12 @@ import select
 import signal
 from contextlib import suppress
 from pathlib import Path
-from time import monotonic, time_ns
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from . import clock
 from .terminal import PIPE_BYTES, READ_BYTES, SYNC, copy_window_size, read_some, write_all
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Copier:
                 self._session = _open_session(self._told)
             for at in range(0, len(data), records.TERMINAL_BYTES_MAX):
                 part = data[at : at + records.TERMINAL_BYTES_MAX]
-                self._session.journal.append(records.pack_terminal(part, time_ns() // 1_000_000))
+                self._session.journal.append(records.pack_terminal(part, clock.now_ms()))
 
 
 def _open_session(told: dict[str, Any]) -> Session:

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import psutil
 
-from mlflow_relay import records
+from mlflow_relay import clock, records
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.sensors import (
@@ -188,7 +187,7 @@ class Meter:
             self._asked.clear()
             node = sensors.read()
             ranks = processes.read(self._processes)
-            self._sample = Sample(time.time_ns() // 1_000_000, node, ranks)
+            self._sample = Sample(clock.now_ms(), node, ranks)
             self._is_busy = False
 
 

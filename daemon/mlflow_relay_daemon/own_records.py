@@ -15,10 +15,24 @@ from mlflow_relay.frames import (
     cut_entries,
     pack_entry,
     pack_frame,
-    read_frame,
+    read_header,
 )
 from mlflow_relay.messages import SESSION_BYTES
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.spool.run_spool import Arrival
+
+
+def frames_of(session: bytes, first_seq: int, records: Sequence[bytes]) -> list[Arrival]:
+    """Return records as the frames in which intake would have them from a rank."""
+    body = b"".join(map(pack_entry, records))
+    found: list[Arrival] = []
+    at, seq = 0, first_seq
+    while at < len(body):
+        count, end = cut_entries(body, at, len(body), FRAME_BYTES_TARGET)
+        frame = pack_frame(session, seq, count, body[at:end])
+        found.append((read_header(frame), frame))
+        at, seq = end, seq + count
+    return found
 
 
 class OwnRecords:
@@ -33,14 +47,9 @@ class OwnRecords:
 
         Raises: OSError: they are not. Crash: any of them may be found, each whole.
         """
-        body = b"".join(map(pack_entry, records))
-        frames, at, seq = [], 0, hosted.run.next_seq(self._session)
-        while at < len(body):
-            count, end = cut_entries(body, at, len(body), FRAME_BYTES_TARGET)
-            frames.append(pack_frame(self._session, seq, count, body[at:end]))
-            at, seq = end, seq + count
+        frames = frames_of(self._session, hosted.run.next_seq(self._session), records)
         try:
-            self._runs.append(hosted, [(read_frame(frame), frame) for frame in frames])
+            self._runs.append(hosted, frames)
         except OSError:
             # Nobody can tell what of it is on the disk: its numbers are not used again.
             self._session = os.urandom(SESSION_BYTES)

@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_never
 
+from mlflow_relay import clock
 from mlflow_relay_daemon.sinks import ServerAway, SinkError
 
 BACKOFF_BASE_S = 0.5
@@ -88,7 +89,7 @@ class Breaker:
         self._queue: deque[object] = deque()
         self._probe: object | None = None
         self._state = "unknown"
-        self._since_ms = _now_ms()
+        self._since_ms = clock.now_ms()
         self._failures = 0
         self.failures_total = 0  #: requests without an answer, ever
         self._last_error = ""
@@ -139,7 +140,7 @@ class Breaker:
             next_try_ms = None
             if self._state == "down" and self._probe is None:
                 wait_s = max(0.0, self._next_try_s - time.monotonic())
-                next_try_ms = _now_ms() + round(wait_s * 1000)
+                next_try_ms = clock.now_ms() + round(wait_s * 1000)
             return BreakerState(
                 state=self._state,
                 since_ms=self._since_ms,
@@ -227,7 +228,7 @@ class Breaker:
     def _enter(self, state: str) -> None:
         if state != self._state:
             self._state = state
-            self._since_ms = _now_ms()
+            self._since_ms = clock.now_ms()
         self._changed.notify_all()
 
     def _release_probe(self, lane: object) -> None:
@@ -240,7 +241,3 @@ class Breaker:
 
 def _no_sleep(seconds: float) -> None:
     """Stand in for tenacity's sleep."""
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

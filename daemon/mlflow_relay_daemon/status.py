@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from mlflow_relay import clock
 from mlflow_relay._version import __version__
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.adoption import Watcher
@@ -36,7 +36,7 @@ class StatusReader:
         self._config, self._runs = config, runs
         self._watcher, self._counters = watcher, counters
         self._process = psutil.Process()
-        self._started_ms = _now_ms()
+        self._started_ms = clock.now_ms()
 
     def read(
         self, *, sessions_open: int, is_full: bool, http_port: int | None = None
@@ -45,7 +45,7 @@ class StatusReader:
         spool = self._runs.spool
         return {
             "schema_version": SCHEMA_VERSION,
-            "time_ms": _now_ms(),
+            "time_ms": clock.now_ms(),
             "daemon": {**self._daemon(sessions_open), "http_port": http_port},
             "server": _server(self._runs.breaker),
             "disk": {
@@ -177,7 +177,7 @@ def read_spool(folder: Path) -> dict[str, Any]:
     quarantined = len(list((folder / QUARANTINE).glob("*")))
     return {
         "schema_version": SCHEMA_VERSION,
-        "time_ms": _now_ms(),
+        "time_ms": clock.now_ms(),
         "daemon": None,
         "server": None,
         "disk": {
@@ -269,7 +269,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

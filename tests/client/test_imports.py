@@ -254,6 +254,7 @@ def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agre
     shared = {
         *(
             "_version",
+            "clock",
             "errors",
             "fingerprint",
             "frames",

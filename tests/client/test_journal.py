@@ -36,13 +36,6 @@ PATIENCE_S = 60.0
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    """A folder in memory, as journals have it in real life."""
-    with tempfile.TemporaryDirectory(prefix="relay-journal-", dir="/dev/shm") as path:
-        yield Path(path)
-
-
-@pytest.fixture
 def journal(folder: Path) -> Iterator[Journal]:
     with contextlib.closing(Opened(folder)) as opened:
         yield opened.journal

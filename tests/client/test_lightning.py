@@ -8,7 +8,6 @@ import json
 import pickle
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -23,19 +22,6 @@ from tests.client.test_run import clean_environ, new_key  # noqa: F401  # a fixt
 from tests.support.fake_daemon import FakeDaemon
 
 NewLogger = Callable[..., RelayLogger]
-
-
-@pytest.fixture
-def socket() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="relay-lightning-", dir="/dev/shm") as path:
-        yield Path(path) / "relay.sock"
-
-
-@pytest.fixture
-def daemon(socket: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(socket) as daemon:
-        yield daemon
-        assert daemon.bad == []
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -30,7 +29,6 @@ from mlflow_relay.launch import relay_run_id
 from mlflow_relay.records import End, Metrics, Params, Record, Reduce, Tags, unpack_record
 from mlflow_relay.run import Run, start_run
 from mlflow_relay.sender import State
-from tests.support.fake_daemon import FakeDaemon
 from tests.support.relay import wait_until
 
 KEYS = itertools.count()
@@ -45,19 +43,6 @@ def clean_environ(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_RELAY_TERMINAL", "none")  # this process is pytest's
-
-
-@pytest.fixture
-def socket() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="relay-run-", dir="/dev/shm") as path:
-        yield Path(path) / "relay.sock"
-
-
-@pytest.fixture
-def daemon(socket: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(socket) as daemon:
-        yield daemon
-        assert daemon.bad == []
 
 
 @pytest.fixture

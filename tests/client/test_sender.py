@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,11 @@ FILE_BYTES = 64 << 10
 
 
 @pytest.fixture
-def folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="relay-sender-", dir="/dev/shm") as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def socket(folder: Path) -> Path:
-    return folder / "relay.sock"
-
-
-@pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds of patience become tenths."""
     monkeypatch.setattr(sender, "ACK_TIMEOUT_S", 0.1)
     monkeypatch.setattr(sender, "ATTACH_RETRY_S", 0.05)
     monkeypatch.setattr(sender, "ATTACH_REFUSED_RETRY_S", 0.2)
-
-
-@pytest.fixture
-def daemon(socket: Path) -> Iterator[FakeDaemon]:
-    with FakeDaemon(socket) as daemon:
-        yield daemon
-        assert daemon.bad == []
 
 
 class Rank:

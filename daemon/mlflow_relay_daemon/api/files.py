@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from typing import IO
 
+from mlflow_relay import clock
 from mlflow_relay.fingerprint import sample_digest
 from mlflow_relay.records import COPY, Artifact, check_artifact_path, pack_artifact
 from mlflow_relay_daemon.api.errors import invalid, kept
@@ -59,7 +59,7 @@ class Files:
                 digest = sample_digest(file.fileno(), found.st_size)
             self._spool.disk.sync_folder(folder)
             record = Artifact(
-                time.time_ns() // 1_000_000,
+                clock.now_ms(),
                 path,
                 name,
                 COPY,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 
+from mlflow_relay import clock
 from mlflow_relay_daemon.api.checks import is_run_id
 from mlflow_relay_daemon.api.errors import ApiError, invalid, kept, missing
 from mlflow_relay_daemon.api.ids import Ids
@@ -61,7 +61,7 @@ class Places:
             run_key="",
             experiment_name="",
             run_name=info.get("run_name", ""),
-            start_ms=int(info.get("start_time") or now_ms()),
+            start_ms=int(info.get("start_time") or clock.now_ms()),
             world_size=1,
             tags={},
             node_count=1,
@@ -77,8 +77,3 @@ class Places:
 
 def _deleted(run_id: str) -> ApiError:
     return invalid(f"The run {run_id} must be in the 'active' state. Current state is deleted.")
-
-
-def now_ms() -> int:
-    """Return the time, as MLflow counts it."""
-    return time.time_ns() // 1_000_000

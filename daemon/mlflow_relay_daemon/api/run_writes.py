@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from mlflow_relay import records
+from mlflow_relay import clock, records
 from mlflow_relay.messages import TEXT_CHARS_MAX
 from mlflow_relay_daemon.api import checks
 from mlflow_relay_daemon.api.checks import Body
@@ -15,7 +15,7 @@ from mlflow_relay_daemon.api.errors import invalid, kept, missing
 from mlflow_relay_daemon.api.experiment_answers import ExperimentAnswers
 from mlflow_relay_daemon.api.experiments import DEFAULT_ID
 from mlflow_relay_daemon.api.ids import is_up, wait_for_id
-from mlflow_relay_daemon.api.places import Places, now_ms
+from mlflow_relay_daemon.api.places import Places
 from mlflow_relay_daemon.api.run_json import Json
 from mlflow_relay_daemon.api.run_reads import RunReads
 from mlflow_relay_daemon.api.writer import rank_session
@@ -90,7 +90,7 @@ class RunWrites:
         has_rank = rank_session(card) is not None
         if status in _ENDS and has_rank:
             with kept():
-                self._places.writer.write(hosted, end=(status, end_ms or now_ms()))
+                self._places.writer.write(hosted, end=(status, end_ms or clock.now_ms()))
         elif status == "RUNNING" and card.itself() is None:
             if not any(each.primary and not each.closed for each in card.sessions.values()):
                 with kept():
@@ -107,7 +107,7 @@ class RunWrites:
     def delete_run(self, body: Body) -> Json:
         run_id = checks.run_id(body)
         hosted = self._places.writable(run_id)
-        end = None if rank_session(hosted.run.card) is None else (records.GOES_ON, now_ms())
+        end = None if rank_session(hosted.run.card) is None else (records.GOES_ON, clock.now_ms())
         with kept():
             self._places.writer.write(hosted, [_call("runs/delete", {})], end=end)
         self._places.mark_deleted(hosted, deleted=True)
@@ -238,9 +238,9 @@ def _metric_records(metrics: Sequence[Metric]) -> list[bytes]:
 
 
 def _texts(pack: Callable[[dict[str, str], int], bytes], items: dict[str, str]) -> list[bytes]:
-    time_ms = now_ms()
+    time_ms = clock.now_ms()
     return [pack(part, time_ms) for part in records.text_chunks(items)]
 
 
 def _call(name: str, body: Json) -> bytes:
-    return records.pack_call(name, orjson.dumps(body), now_ms())
+    return records.pack_call(name, orjson.dumps(body), clock.now_ms())

@@ -10,6 +10,7 @@ from urllib.parse import quote, urlencode
 
 import orjson
 
+from mlflow_relay import clock
 from mlflow_relay_daemon.api.errors import ApiError, away
 from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks import ServerAway
@@ -82,7 +83,7 @@ class Upstream:
         try:
             response = self._http.open(method, target, body, passed)
         except ServerAway:
-            self._failed_s, self._failed_ms = time.monotonic(), time.time_ns() // 1_000_000
+            self._failed_s, self._failed_ms = time.monotonic(), clock.now_ms()
             raise
         kept = {
             key.lower(): value

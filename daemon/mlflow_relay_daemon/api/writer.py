@@ -15,18 +15,18 @@ import concurrent.futures
 import errno
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlflow_relay import records
-from mlflow_relay.frames import FRAME_BYTES_TARGET, Header, pack_entry, pack_frame, read_frame
+from mlflow_relay import clock, records
 from mlflow_relay.messages import SESSION_BYTES
 from mlflow_relay_daemon.hosted import Hosted, Runs
+from mlflow_relay_daemon.own_records import frames_of
 from mlflow_relay_daemon.spool.card import Card, SessionCard
+from mlflow_relay_daemon.spool.run_spool import Arrival
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Writer:
                     write.done.set_result(None)
 
     def _keep(self, hosted: Hosted, group: list[Write]) -> None:
-        frames: list[tuple[Header, bytes]] = []
+        frames: list[Arrival] = []
         sizes: dict[bytes, int] = {}  # records of this group, by session
         ended: list[bytes] = []
         for write in group:
@@ -106,16 +106,14 @@ class Writer:
             session = rank_session(hosted.run.card)
             if session is None or session in ended:
                 session = self._guest(hosted)
-            entries = [pack_entry(each) for each in write.entries]
+            entries = list(write.entries)
             if write.end is not None and session != guest_session(hosted.run.card):
                 status, end_ms = write.end
-                entries.append(pack_entry(records.pack_end(status, "", end_ms)))
+                entries.append(records.pack_end(status, "", end_ms))
                 ended.append(session)
-            for part in _parts(entries):
-                first_seq = hosted.run.next_seq(session) + sizes.get(session, 0)
-                frame = pack_frame(session, first_seq, len(part), b"".join(part))
-                sizes[session] = sizes.get(session, 0) + len(part)
-                frames.append((read_frame(frame), frame))
+            size = sizes.get(session, 0)
+            frames += frames_of(session, hosted.run.next_seq(session) + size, entries)
+            sizes[session] = size + len(entries)
         if frames:
             self._runs.append(hosted, frames)
         for session in ended:
@@ -133,7 +131,7 @@ class Writer:
             node=os.uname().nodename,
             pid=os.getpid(),
             primary=primary,
-            start_ms=time.time_ns() // 1_000_000,
+            start_ms=clock.now_ms(),
             closed=not primary,
             is_own=True,
         )
@@ -161,16 +159,3 @@ def guest_session(card: Card) -> bytes | None:
 def _own(card: Card, is_wanted: Callable[[SessionCard], bool]) -> bytes | None:
     found = (name for name, each in list(card.sessions.items()) if each.is_own and is_wanted(each))
     return next((bytes.fromhex(name) for name in found), None)
-
-
-def _parts(entries: list[bytes]) -> list[list[bytes]]:
-    """Return entries as they fit into frames."""
-    parts: list[list[bytes]] = []
-    size = 0
-    for entry in entries:
-        if not parts or size + len(entry) > FRAME_BYTES_TARGET:
-            parts.append([])
-            size = 0
-        parts[-1].append(entry)
-        size += len(entry)
-    return parts

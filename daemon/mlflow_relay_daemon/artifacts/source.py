@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from mlflow_relay.fingerprint import open_regular, sample_digest
 from mlflow_relay.records import LINK, PLACE, Artifact
@@ -96,12 +95,7 @@ class Source:
     def __enter__(self) -> Source:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
     def read(self, size: int = PIECE_BYTES) -> bytes:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mlflow_relay import clock
 from mlflow_relay.records import PLACE, Artifact
 from mlflow_relay_daemon.artifacts.queue import Job, Queue, Work
 from mlflow_relay_daemon.artifacts.refused import letter_of
@@ -259,7 +260,7 @@ class Uploads:
         run_id = hosted.run.card.run_id
         log.warning("run %s: artifact %r: %s", run_id, artifact.path, reason)
         letter = letter_of(artifact, locate(artifact, run_id, self._staging))
-        hosted.letters.add([Objection(letter, reason)], time.time_ns() // 1_000_000)
+        hosted.letters.add([Objection(letter, reason)], clock.now_ms())
         return End(job.number, REFUSED)
 
     def _settle(self, work: Work) -> None:

@@ -6,7 +6,6 @@ import http.client
 import math
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import NamedTuple
 
 from mlflow_relay_daemon.control_client import ControlClient
@@ -76,12 +75,7 @@ class Story:
     def __enter__(self) -> Story:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for child in (*self._ranks, self._daemon, self.server):
             child.kill()
         self._folders.remove()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import base64
-import time
 from typing import Any
 
-from mlflow_relay import records
+from mlflow_relay import clock, records
 from mlflow_relay.errors import FormatError
 from mlflow_relay_daemon.batch import (
     ARTIFACT_LETTER,
@@ -270,7 +269,7 @@ class Batches:
                         # Nobody says DETACH for the daemon itself, should it die before it can.
                         known.closed |= known.is_own
                 self._to.run.save_card()
-        self._letters.add(batch.objections, time.time_ns() // 1_000_000)
+        self._letters.add(batch.objections, clock.now_ms())
         self._to.run.artifacts.accept(batch.artifacts)
         self._to.run.terminal.add(batch.printed)
         self._to.run.settle(mark)

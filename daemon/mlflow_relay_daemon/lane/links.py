@@ -15,6 +15,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+from mlflow_relay import clock
 from mlflow_relay_daemon.batch import Entry, Objection
 from mlflow_relay_daemon.dead_letters import Letters
 from mlflow_relay_daemon.lane.destination import Destination
@@ -178,7 +179,7 @@ class Links:
             else:
                 self._to.set_tags([(key, value)])
         except Refused as refusal:
-            now_ms = time.time_ns() // 1_000_000
+            now_ms = clock.now_ms()
             entry = Entry(kind, key, value, now_ms, None)
             self._letters.add([Objection(entry, str(refusal), refusal.error_code)], now_ms)
             return False

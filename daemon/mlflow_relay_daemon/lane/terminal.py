@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 
+from mlflow_relay import clock
 from mlflow_relay.fingerprint import sample_digest
 from mlflow_relay.records import COPY, Artifact
 from mlflow_relay_daemon.spool import staging
@@ -63,7 +64,7 @@ class TerminalOutput:
             digest = sample_digest(fd, found.st_size)
         finally:
             os.close(fd)
-        now_ms, file = time.time_ns() // 1_000_000, os.fsencode(folder / name)
+        now_ms, file = clock.now_ms(), os.fsencode(folder / name)
         self._run.artifacts.accept(
             [Artifact(now_ms, path, name, COPY, file, found.st_size, found.st_mtime_ns, digest)]
         )

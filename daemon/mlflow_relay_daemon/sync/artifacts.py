@@ -16,6 +16,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 from zlib import crc32
 
+from mlflow_relay import clock
 from mlflow_relay.fingerprint import open_regular, sample_digest
 from mlflow_relay.records import PLACE, Artifact, check_artifact_path
 from mlflow_relay_daemon.artifacts.source import NoSuchContent, NotReadable, Source
@@ -130,7 +131,7 @@ def bring(
         try:
             _put(each, store())
         except (NoSuchContent, Refused) as error:
-            now_ms = time.time_ns() // 1_000_000
+            now_ms = clock.now_ms()
             entry = Entry("artifact", each.path, each.path, now_ms, None)
             letters.add([Objection(entry, str(error))], now_ms)
         except ServerAway as error:
