@@ -335,7 +335,8 @@ class RunSpool:
                 if piece.header is not None and piece.whole:
                     self._count(piece.header)
             # Frames that were written and not synced are about to be acknowledged.
-            self._disk.sync(fd)
+            segment.keep_found(self._disk, segment.path_of(self.folder, number), fd, end)
+        self._forget_descriptor()  # the name may be another file's now
         self.accepted_records = max(self.accepted_records, self.mark.settled_records)
         if self.card.state is not RunState.ENDED:  # then it is counted, and the segments are gone
             for name, session in self.card.sessions.items():

@@ -154,6 +154,18 @@ def _find_frame(fd: int, start: int, end: int) -> int:
     return end
 
 
+def keep_found(disk: Disk, path: Path, fd: int, end: int) -> None:
+    """Have on the disk what was found in a segment: it may have been written and not synced.
+
+    Raises: OSError: it is not there.
+    """
+    try:
+        disk.sync(fd)
+    except OSError:
+        # A second fdatasync would return 0 and lie: what can be read goes into a file of its own.
+        disk.replace(path, os.pread(fd, end, 0), durable=True)
+
+
 class Writer:
     """Appends to the newest segment of a run.
 
