@@ -19,6 +19,7 @@ CASES = {
     "rank_disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of a rank",
     "disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of the spool",
     "power_loss": "Power loss of a real file system",
+    "full_disks": "Real full disks and recovery: tmpfs, ext4 on a loop device",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
     "suite": "The tests that are too long for `make test`",
 }
