@@ -43,6 +43,7 @@ class Child:
             os._exit(status)
 
     def go(self) -> None:
+        os.write(self._go_end, b"!")  # another child may have the pipe open, too
         os.close(self._go_end)
         self._go_end = -1
 
@@ -69,4 +70,10 @@ class Child:
         """SIGKILL, if it lives."""
         if self.status is None:
             os.kill(self.pid, signal.SIGKILL)
+            self.wait()
+
+    def wait(self) -> int:
+        """Return its status when it has ended."""
+        if self.status is None:
             self.status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.status

@@ -16,6 +16,7 @@ CASES = {
     "model": "Model test: append, deliver, crash, full, damage, reload",
     "syscalls": "SIGKILL at every system call of the write path",
     "rank_syscalls": "SIGKILL at every system call of a rank",
+    "daemon_disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of a real daemon",
     "rank_disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of a rank",
     "disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of the spool",
     "power_loss": "Power loss of a real file system",
