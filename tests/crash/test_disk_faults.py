@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
 from mlflow_relay_daemon.spool import segment
+from mlflow_relay_daemon.spool.disk import Disk
 from tests.crash.cases.disk import plans, try_plan
 from tests.crash.outcome import Outcome
 from tests.crash.tracer import why_not
@@ -36,7 +38,10 @@ def test_a_call_that_fails_costs_nothing_that_was_acknowledged():
 
 
 def test_a_start_that_believes_the_second_fsync_is_found(monkeypatch):
-    monkeypatch.setattr(segment, "keep_found", lambda disk, path, fd, end: disk.sync(fd))
+    def sync(disk: Disk, path: Path, fd: int, end: int, *, is_trusted: bool) -> None:
+        disk.sync(fd)
+
+    monkeypatch.setattr(segment, "keep_found", sync)
     outcome = Outcome("", 0, "faults")
 
     for plan in plans("trusting"):
