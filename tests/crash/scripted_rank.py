@@ -12,7 +12,6 @@ from typing import Any
 import mlflow_relay
 from mlflow_relay.errors import RelayError
 from mlflow_relay.launch import relay_run_id
-from mlflow_relay.messages import SESSION_BYTES
 from tests.crash.outcome import Outcome
 from tests.support import MlflowServer
 from tests.support.relay import Node, wait_until
@@ -128,15 +127,15 @@ def check_all(
     journals = node.runtime / "journals"
     wait_until(lambda: not list(journals.glob("*.journal")), "all journals are taken", PATIENCE_S)
 
-    def runs_when_over() -> dict[str, dict[str, Any]] | None:
+    def runs_when_over() -> list[dict[str, dict[str, Any]]]:
         runs = {run["run_id"]: run for run in node.status()["runs"]}
         is_over = all(
             run["state"] == "ended" and not run["artifacts"]["waiting"] for run in runs.values()
         )
         is_there = all(each.run_id in runs for each in ranks.values() if each.was_started)
-        return runs if is_over and is_there else None
+        return [runs] * (is_over and is_there)
 
-    runs = wait_until(runs_when_over, "all runs have ended and are delivered", PATIENCE_S)
+    (runs,) = wait_until(runs_when_over, "all runs have ended and are delivered", PATIENCE_S)
     for name, rank in ranks.items():
         try:
             if rank.run_id in runs:
@@ -146,13 +145,3 @@ def check_all(
     status = node.status()
     if status["counters"]["quarantined_files"]:
         outcome.found(f"files were quarantined: {list((node.spool / 'quarantine').iterdir())}")
-    left = [path.name for path in journals.iterdir() if not _is_unfinished(path)]
-    if left:
-        outcome.found(f"left behind: {left}")
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Return whether it is of a journal whose rank was killed in its making: swept after a minute,
-    for nobody knows who makes it."""
-    base = path.with_name(path.name[: 2 * SESSION_BYTES] + ".journal")
-    return not base.exists()

@@ -1,4 +1,4 @@
-"""A daemon whose disk fails at a single system call: one of what `make torture` does."""
+"""A daemon whose disk fails at single system calls: a little of what `make torture` does."""
 
 from __future__ import annotations
 
@@ -6,19 +6,41 @@ import random
 
 import pytest
 
-from tests.crash.cases.daemon_disk import FAULTS, try_plan
-from tests.crash.cases.disk import Plan
+from tests.crash.cases.daemon_disk import FAULTS, serve_a_rank, try_plan
+from tests.crash.cases.disk import EIO, BadDisk, Plan
 from tests.crash.outcome import Outcome
-from tests.crash.tracer import why_not
+from tests.crash.tracer import Call, Fault, why_not
+from tests.support.relay import Node
 from tests.support.seeds import new_seed
 
 CALLS = 70  # a life has about so many
 
 
-def test_a_daemon_goes_on_when_its_disk_is_well_again(tmp_path, mlflow_server):
+@pytest.fixture(autouse=True)
+def _needs_a_tracer():
     reason = why_not()
     if reason:
         pytest.skip(reason)
+
+
+class NothingGoes(BadDisk):
+    """No staged file can be removed."""
+
+    def before(self, call: Call) -> Fault | None:
+        return EIO if call.name == "unlink" and "/staging/" in call.path else None
+
+
+def test_a_staged_file_that_cannot_be_removed_stops_no_upload(tmp_path, mlflow_server):
+    outcome = Outcome("", 0, "faults")
+
+    with Node(tmp_path / f"node-{new_seed()}", mlflow_server.uri) as node:
+        serve_a_rank(node, NothingGoes(node.spool), mlflow_server, outcome)
+        assert len(list((node.spool / "staging").glob("*/*"))) == 1
+
+    assert outcome.findings == []
+
+
+def test_a_daemon_goes_on_when_its_disk_is_well_again(tmp_path, mlflow_server):
     seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)

@@ -86,7 +86,7 @@ def all_plans(job: Job, server: MlflowServer) -> list[Plan]:
     """Return every fault of a life: it is lived once without any."""
     with Node(job.folder / "plans", server.uri) as node:
         disk = BadSpool(node.spool)
-        _live(node, disk, server, Outcome("", 0, ""))
+        serve_a_rank(node, disk, server, Outcome("", 0, ""))
     return [
         Plan("", number, fault, count)
         for number, call in enumerate(disk.calls, 1)
@@ -102,7 +102,7 @@ def try_plan(folder: Path, server: MlflowServer, plan: Plan, outcome: Outcome) -
         disk.plan(plan.first, plan.fault, plan.calls)
         before = outcome.bad
         try:
-            said = _live(node, disk, server, outcome)
+            said = serve_a_rank(node, disk, server, outcome)
         except AssertionError as error:
             said = str(error)
             outcome.found(said)
@@ -112,7 +112,7 @@ def try_plan(folder: Path, server: MlflowServer, plan: Plan, outcome: Outcome) -
     return [f"{each.name} ({plan.fault.name})" for each in disk.failed]
 
 
-def _live(node: Node, disk: BadSpool, server: MlflowServer, outcome: Outcome) -> str:
+def serve_a_rank(node: Node, disk: BadSpool, server: MlflowServer, outcome: Outcome) -> str:
     """Let a daemon serve a rank; return what it said. Raises: AssertionError: it did not do well."""
     rank = ScriptedRank(node, f"daemon-{node.folder.name}")
     daemon = TracedDaemon(node, disk)

@@ -39,7 +39,7 @@ def run(job: Job) -> Outcome:
         "end) is killed at its n-th system call, counted over its threads, for every n until one "
         "lives; once while a daemon serves it and once before there is one. What had returned is in "
         "MLflow once, nothing else is but the call that was cut off, a killed run is FAILED, and "
-        "nothing is lost, damaged, quarantined or left behind",
+        "nothing is lost, damaged or quarantined, and no journal is left",
         0,
         "kills",
     )
