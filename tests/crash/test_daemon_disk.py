@@ -6,14 +6,12 @@ import random
 
 import pytest
 
-from tests.crash.cases.daemon_disk import FAULTS, serve_a_rank, try_plan
+from tests.crash.cases.daemon_disk import FAULTS, deliver_a_rank, try_plan
 from tests.crash.cases.disk import EIO, BadDisk, Plan
 from tests.crash.outcome import Outcome
 from tests.crash.tracer import Call, Fault, why_not
 from tests.support.relay import Node
 from tests.support.seeds import new_seed
-
-CALLS = 70  # a life has about so many
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +32,22 @@ def test_a_staged_file_that_cannot_be_removed_stops_no_upload(tmp_path, mlflow_s
     outcome = Outcome("", 0, "faults")
 
     with Node(tmp_path / f"node-{new_seed()}", mlflow_server.uri) as node:
-        serve_a_rank(node, NothingGoes(node.spool), mlflow_server, outcome)
+        deliver_a_rank(node, NothingGoes(node.spool), mlflow_server, outcome)
         assert len(list((node.spool / "staging").glob("*/*"))) == 1
 
     assert outcome.findings == []
 
 
-def test_a_daemon_goes_on_when_its_disk_is_well_again(tmp_path, mlflow_server):
+@pytest.mark.parametrize(("is_heir", "calls"), [(False, 70), (True, 25)])
+def test_a_daemon_goes_on_when_its_disk_is_well_again(tmp_path, mlflow_server, is_heir, calls):
+    """The numbers are about how many calls such a life makes."""
     seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    fault, calls = rng.choice(FAULTS)
+    fault, times = rng.choice(FAULTS)
     outcome = Outcome("", 0, "faults")
 
-    plan = Plan("", rng.randint(1, CALLS), fault, calls)
+    plan = Plan("", rng.randint(1, calls), fault, times, killed_at=int(is_heir))
     try_plan(tmp_path / f"node-{seed}", mlflow_server, plan, outcome)
 
     assert outcome.findings == []

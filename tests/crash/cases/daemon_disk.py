@@ -58,8 +58,8 @@ class TracedDaemon(threading.Thread):
 
 def run(job: Job) -> Outcome:
     outcome = Outcome(
-        "A real daemon serves a rank with a script, delivers it to MLflow and drains; each of the "
-        "system calls by which it changes its spool fails in turn, once or a few times on end, with "
+        "A real daemon serves a rank with a script, or finds in the spool what a killed daemon has "
+        "taken of one, delivers it to MLflow and drains; each of the system calls by which it changes its spool fails in turn, once or a few times on end, with "
         "EIO, ENOSPC, EDQUOT or as a short write. A start may fail, in one line, and is followed by "
         "another; after that the daemon lives, says no traceback and goes on by itself. All that the "
         "rank logged is in MLflow once, the run is FINISHED, and nothing is lost or left behind",
@@ -83,16 +83,20 @@ def run(job: Job) -> Outcome:
 
 
 def all_plans(job: Job, server: MlflowServer) -> list[Plan]:
-    """Return every fault of a life: it is lived once without any."""
-    with Node(job.folder / "plans", server.uri) as node:
-        disk = BadSpool(node.spool)
-        serve_a_rank(node, disk, server, Outcome("", 0, ""))
-    return [
-        Plan("", number, fault, count)
-        for number, call in enumerate(disk.calls, 1)
-        for fault, count in FAULTS
-        if fault != SHORT or call.can_be_short
-    ]
+    """Return every fault of a daemon that serves a rank, and of one that delivers what another has
+    left; both live once without any."""
+    plans = []
+    for is_heir in (False, True):
+        with Node(job.folder / f"plans-{is_heir}", server.uri) as node:
+            disk = BadSpool(node.spool)
+            deliver_a_rank(node, disk, server, Outcome("", 0, ""), is_heir=is_heir)
+        plans += [
+            Plan("", number, fault, count, killed_at=int(is_heir))
+            for number, call in enumerate(disk.calls, 1)
+            for fault, count in FAULTS
+            if fault != SHORT or call.can_be_short
+        ]
+    return plans
 
 
 def try_plan(folder: Path, server: MlflowServer, plan: Plan, outcome: Outcome) -> list[str]:
@@ -100,42 +104,58 @@ def try_plan(folder: Path, server: MlflowServer, plan: Plan, outcome: Outcome) -
     with Node(folder, server.uri) as node:
         disk = BadSpool(node.spool)
         disk.plan(plan.first, plan.fault, plan.calls)
-        before = outcome.bad
+        what = Outcome("", 0, "")
         try:
-            said = serve_a_rank(node, disk, server, outcome)
+            deliver_a_rank(node, disk, server, what, is_heir=bool(plan.killed_at))
         except AssertionError as error:
-            said = str(error)
-            outcome.found(said)
-        if outcome.bad > before:
-            print(f"{plan}: {_names(disk.failed)}: {said[-3000:]}")
+            what.found(str(error))
+        for each in what.findings:
+            outcome.found(f"{plan} {_names(disk.failed)}: {each}")
     outcome.count += 1
     return [f"{each.name} ({plan.fault.name})" for each in disk.failed]
 
 
-def serve_a_rank(node: Node, disk: BadSpool, server: MlflowServer, outcome: Outcome) -> str:
-    """Let a daemon serve a rank; return what it said. Raises: AssertionError: it did not do well."""
+def deliver_a_rank(
+    node: Node, disk: BadSpool, server: MlflowServer, outcome: Outcome, *, is_heir: bool = False
+) -> None:
+    """Let a daemon serve a rank, and look at what MLflow has of it then.
+
+    Args:   is_heir: the rank is gone, and its records are in the spool that a killed one has left.
+    Raises: AssertionError: the daemon did not do well.
+    """
     rank = ScriptedRank(node, f"daemon-{node.folder.name}")
+    if is_heir:
+        node._daemon_environ["MLFLOW_RELAY_OFFLINE"] = "1"
+        node.start()
+        _live(rank)
+        node.kill()
+        node.daemon = None
+        del node._daemon_environ["MLFLOW_RELAY_OFFLINE"]
     daemon = TracedDaemon(node, disk)
     daemon.start()
     try:
         wait_until(lambda: daemon.ended or daemon.answers(), "the daemon answers, or ends")
         if daemon.ended is not None:  # who starts it starts it again
             node.start()
-        with Child(rank.live) as child:
-            child.go()
-            assert child.wait() == 0, child.said
-        assert rank.has_ended, child.said
-        where = str(_names(disk.failed))
-        check_all(node, server, {where: rank}, outcome)
+        if not is_heir:
+            _live(rank)
+        check_all(node, server, {"the rank": rank}, outcome)
     finally:
         ended = daemon.stop()
         if node.daemon is not None:
             node.stop()
     assert "Traceback" not in ended.said, ended.said[-3000:]
-    is_up = node.daemon is None
-    assert ended.status == 0 or not is_up, f"status {ended.status}: {ended.said[-1000:]}"
-    assert is_up or ended.said.strip().count("\n") <= 1, f"a start says why: {ended.said[-1000:]}"
-    return ended.said
+    has_started = node.daemon is None
+    assert ended.status == 0 or not has_started, f"status {ended.status}: {ended.said[-1000:]}"
+    is_one_line = len(ended.said.strip().splitlines()) == 1
+    assert has_started or is_one_line, f"a start says in one line why: {ended.said[-1000:]}"
+
+
+def _live(rank: ScriptedRank) -> None:
+    with Child(rank.live) as child:
+        child.go()
+        assert child.wait() == 0, child.said
+    assert rank.has_ended, child.said
 
 
 def _names(calls: list[Call]) -> list[str]:
