@@ -4,14 +4,17 @@ must be in MLflow of it. The oracle is outside: what has returned is counted in 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import mlflow_relay
 from mlflow_relay.errors import RelayError
 from mlflow_relay.launch import relay_run_id
+from mlflow_relay_daemon.control_client import NoDaemon
 from tests.crash.outcome import Outcome
 from tests.support import MlflowServer
 from tests.support.relay import Node, wait_until
@@ -86,6 +89,8 @@ class ScriptedRank:
         steps, lost = self._words[_STEPS_DONE], run["lost_records"]
         counts = {name: run[name] for name in ("dead_letters", "damaged_records")}
         assert not any(counts.values()), f"{counts}"
+        made = _runs_of(server, self.run_id)
+        assert made == [run["mlflow_run_id"]], f"MLflow runs: {made}, not {run['mlflow_run_id']}"
         found = stored(server, run["mlflow_run_id"])
         by_step: dict[int, list[tuple[str, float]]] = {}
         for key, value, step in found.points:
@@ -112,6 +117,17 @@ class ScriptedRank:
         return path.exists() and path.read_text() == TEXT
 
 
+def _runs_of(server: MlflowServer, run_id: str) -> list[str]:
+    """Return the MLflow runs that there are of a relay run."""
+    query = """
+        SELECT runs.run_uuid FROM runs JOIN tags ON tags.run_uuid = runs.run_uuid
+        WHERE tags.key = 'relay.run_id' AND tags.value = ? AND runs.lifecycle_stage = 'active'
+    """
+    uri = f"file:{server.database}?mode=ro"
+    with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=30.0)) as database:
+        return [found for (found,) in database.execute(query, (run_id,))]
+
+
 def staging_of(node: Node) -> Path:
     """Return where the ranks of a node stage files, whether a daemon has told them or not."""
     return node.spool / "staging"
@@ -128,7 +144,10 @@ def check_all(
     wait_until(lambda: not list(journals.glob("*.journal")), "all journals are taken", PATIENCE_S)
 
     def runs_when_over() -> list[dict[str, dict[str, Any]]]:
-        runs = {run["run_id"]: run for run in node.status()["runs"]}
+        try:
+            runs = {run["run_id"]: run for run in node.status()["runs"]}
+        except NoDaemon:  # killed, and on its way back
+            return []
         is_over = all(
             run["state"] == "ended" and not run["artifacts"]["waiting"] for run in runs.values()
         )

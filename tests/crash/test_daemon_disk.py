@@ -1,4 +1,4 @@
-"""A daemon whose disk fails at single system calls: a little of what `make torture` does."""
+"""A daemon that fails at, or dies of, single system calls: a little of what `make torture` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.crash.cases.daemon_disk import FAULTS, deliver_a_rank, try_plan
 from tests.crash.cases.disk import EIO, BadDisk, Plan
 from tests.crash.outcome import Outcome
-from tests.crash.tracer import Call, Fault, why_not
+from tests.crash.tracer import KILL, Call, Fault, why_not
 from tests.support.relay import Node
 from tests.support.seeds import new_seed
 
@@ -39,12 +39,14 @@ def test_a_staged_file_that_cannot_be_removed_stops_no_upload(tmp_path, mlflow_s
 
 
 @pytest.mark.parametrize(("is_heir", "calls"), [(False, 70), (True, 25)])
-def test_a_daemon_goes_on_when_its_disk_is_well_again(tmp_path, mlflow_server, is_heir, calls):
+def test_a_daemon_whose_call_fails_or_is_its_last_goes_on_or_comes_back(
+    tmp_path, mlflow_server, is_heir, calls
+):
     """The numbers are about how many calls such a life makes."""
     seed = new_seed()
     print(f"seed {seed}")
     rng = random.Random(seed)
-    fault, times = rng.choice(FAULTS)
+    fault, times = rng.choice([*FAULTS, (KILL, 1)])
     outcome = Outcome("", 0, "faults")
 
     plan = Plan("", rng.randint(1, calls), fault, times, killed_at=int(is_heir))

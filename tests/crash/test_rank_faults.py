@@ -15,7 +15,7 @@ from tests.support.seeds import new_seed
 
 CALLS = 500  # a life has about so many
 DISK_CALLS = 20
-TRIES = 6
+TRIES = 4
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,10 @@ class TracedDaemon(threading.Thread):
         self.ended: Ended | None = None
 
     def run(self) -> None:
-        self.ended = run_traced(self._become_the_daemon, self._disk)
+        ended = run_traced(self._become_the_daemon, self._disk)
+        if ended.status == -signal.SIGKILL:
+            self._node.start(wait=False)  # as systemd does
+        self.ended = ended
 
     def _become_the_daemon(self) -> None:
         environ = {**self._node._daemon_environ, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -85,18 +88,20 @@ def run(job: Job) -> Outcome:
 def all_plans(job: Job, server: MlflowServer) -> list[Plan]:
     """Return every fault of a daemon that serves a rank, and of one that delivers what another has
     left; both live once without any."""
-    plans = []
-    for is_heir in (False, True):
-        with Node(job.folder / f"plans-{is_heir}", server.uri) as node:
-            disk = BadSpool(node.spool)
-            deliver_a_rank(node, disk, server, Outcome("", 0, ""), is_heir=is_heir)
-        plans += [
-            Plan("", number, fault, count, killed_at=int(is_heir))
-            for number, call in enumerate(disk.calls, 1)
-            for fault, count in FAULTS
-            if fault != SHORT or call.can_be_short
-        ]
-    return plans
+    return [
+        Plan("", number, fault, count, killed_at=int(is_heir))
+        for is_heir in (False, True)
+        for number, call in enumerate(calls_of_a_life(job, server, is_heir=is_heir), 1)
+        for fault, count in FAULTS
+        if fault != SHORT or call.can_be_short
+    ]
+
+
+def calls_of_a_life(job: Job, server: MlflowServer, *, is_heir: bool) -> list[Call]:
+    with Node(job.folder / f"life-{is_heir}", server.uri) as node:
+        disk = BadSpool(node.spool)
+        deliver_a_rank(node, disk, server, Outcome("", 0, ""), is_heir=is_heir)
+        return disk.calls
 
 
 def try_plan(folder: Path, server: MlflowServer, plan: Plan, outcome: Outcome) -> list[str]:
@@ -135,7 +140,7 @@ def deliver_a_rank(
     daemon.start()
     try:
         wait_until(lambda: daemon.ended or daemon.answers(), "the daemon answers, or ends")
-        if daemon.ended is not None:  # who starts it starts it again
+        if daemon.ended is not None and node.daemon is None:  # who starts it starts it again
             node.start()
         if not is_heir:
             _live(rank)
@@ -145,6 +150,8 @@ def deliver_a_rank(
         if node.daemon is not None:
             node.stop()
     assert "Traceback" not in ended.said, ended.said[-3000:]
+    if ended.status == -signal.SIGKILL:
+        return
     has_started = node.daemon is None
     assert ended.status == 0 or not has_started, f"status {ended.status}: {ended.said[-1000:]}"
     is_one_line = len(ended.said.strip().splitlines()) == 1

@@ -57,8 +57,8 @@ class Plan(NamedTuple):
     killed_at: int = 0  #: a life before it was killed at this call; 0: there was none
 
     def __str__(self) -> str:
-        what = f"{self.fault.name} at {self.calls} calls from {self.first} on, life {self.chance}"
-        return f"{what}, after a kill at {self.killed_at}" * bool(self.killed_at) or what
+        before = f" after a kill at {self.killed_at}" if self.killed_at else ""
+        return f"life {self.chance}{before}: {self.fault.name} at {self.calls} calls from {self.first} on"
 
 
 class BadDisk:
@@ -93,28 +93,29 @@ class BadDisk:
         if not call.changes(self._root) or not os.path.isfile(call.path):
             return
         found = os.stat(call.path)
+        inode, size = found.st_ino, found.st_size
+        synced, dropped = self._synced.get(inode, 0), self._dropped.setdefault(inode, [])
         if call.name in ("fsync", "fdatasync") and result == 0:
-            self._synced[found.st_ino] = found.st_size
+            self._synced[inode] = size
         elif call.name in ("fsync", "fdatasync"):
-            dropped = range(self._synced.get(found.st_ino, 0), found.st_size)
-            self._dropped.setdefault(found.st_ino, []).append(dropped)
-        elif call.name in ("openat", "ftruncate"):  # what was cut off can be neither lost nor kept
-            size = min(found.st_size, self._synced.get(found.st_ino, 0))
-            self._synced[found.st_ino] = size
-            each = self._dropped.get(found.st_ino, [])
-            self._dropped[found.st_ino] = [
-                range(one.start, min(one.stop, found.st_size)) for one in each
-            ]
+            dropped.append(range(synced, size))
+        elif call.name in ("openat", "ftruncate"):  # what was cut off can be neither kept nor lost
+            self._synced[inode] = min(synced, size)
+            dropped[:] = [_within(each, size) for each in dropped]
 
     def forget(self) -> None:
         """Have on the disk what a kernel would have: zeroes where an fsync has failed."""
         for path in self._root.rglob("*"):
-            for dropped in self._dropped.get(path.lstat().st_ino, []):
+            found = path.lstat()
+            for dropped in self._dropped.get(found.st_ino, []):
                 with path.open("r+b") as file:
                     file.seek(dropped.start)
-                    file.write(
-                        bytes(len(range(dropped.start, min(dropped.stop, path.stat().st_size))))
-                    )
+                    file.write(bytes(len(_within(dropped, found.st_size))))
+
+
+def _within(places: range, size: int) -> range:
+    """Return those of a file's places that are there if it has this size."""
+    return range(places.start, min(places.stop, size))
 
 
 # ── the life ──
