@@ -324,6 +324,63 @@ def test_every_point_that_was_answered_before_a_kill_is_delivered_once(mlflow_se
         assert len(set(steps) - set(answered)) <= 4, "more than what was on its way"
 
 
+#: A disk of which the kernel says EIO for a segment, as long as a file says so: neither is what was
+#: written synced, nor can it be taken back. Python imports it before the daemon.
+FAILING_DISK = """
+import errno, os
+real = {name: getattr(os, name) for name in ("fdatasync", "ftruncate")}
+
+def failing(name):
+    def call(fd, *arguments):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path.endswith(".segment") and os.path.exists(os.environ["FAILING_WHILE"]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real[name](fd, *arguments)
+    return call
+
+for name in real:
+    setattr(os, name, failing(name))
+"""
+
+
+def test_what_is_answered_after_a_write_that_failed_outlives_the_daemon(mlflow_server, tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(FAILING_DISK)
+    trouble, port = tmp_path / "trouble", free_port()
+    with (
+        TcpProxy(mlflow_server.uri) as proxy,
+        Node(tmp_path, proxy.uri, settings={"http_port": port}) as node,
+    ):
+        node._daemon_environ |= {
+            "PYTHONPATH": str(tmp_path / "path"),
+            "FAILING_WHILE": str(trouble),
+        }
+        node.start()
+        relay = Api(f"http://127.0.0.1:{port}")
+        run_id = relay.new_run()
+        proxy.refuse()
+
+        def log(step: int) -> int:
+            point = {"key": "m", "value": step, "timestamp": T0_MS, "step": step}
+            path = "/api/2.0/mlflow/runs/log-metric"
+            return relay.ask("POST", path, {"run_id": run_id, **point})[0]
+
+        assert log(0) == 200
+        trouble.touch()
+        assert log(1) == 503
+        trouble.unlink()
+        assert [log(2), log(3)] == [200, 200]
+        node.kill()
+        node.start()
+        proxy.heal()
+        relay.post("runs/update", run_id=run_id, status="FINISHED", end_time=T0_MS + 1)
+        run = node.wait_until_ended()
+
+        steps = {step for *_, step in mlflow_server.all_points(run["mlflow_run_id"])}
+        assert {0, 2, 3} <= steps <= {0, 1, 2, 3}
+        assert (run["status"], run["damaged_records"]) == ("FINISHED", 0)
+
+
 def test_sixty_four_clients_at_once_are_all_answered(relay, node):
     run_ids = [relay.new_run() for _ in range(4)]
 
