@@ -16,7 +16,7 @@ from time import time_ns
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import clock, fluent, records, settings
+from . import clock, fluent, records, settings, values
 from .artifacts import ArtifactCalls
 from .autostart import start_daemon
 from .errors import RelayError
@@ -220,11 +220,11 @@ class Run(ArtifactCalls):
             return
         if self._silent or not metrics:
             return
-        if len(metrics) > records.METRICS_PER_RECORD_MAX:
-            for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+        if len(metrics) > values.METRICS_PER_RECORD_MAX:
+            for part in values.chunks(metrics, values.METRICS_PER_RECORD_MAX):
                 self.log_metrics(part, step)
         elif step is None:
-            checked = {key: records.to_float(key, value) for key, value in metrics.items()}
+            checked = {key: values.to_float(key, value) for key, value in metrics.items()}
             steps = [next(self._next_step[key]) for key in checked]
             self._keep(self._packer.pack_steps(checked, steps, clock.now_ms()))
         else:
@@ -234,7 +234,7 @@ class Run(ArtifactCalls):
         if step is None:
             raise ValueError(f"reduce={how!r} needs a step: ranks are brought together by it")
         now_ms = clock.now_ms()
-        for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+        for part in values.chunks(metrics, values.METRICS_PER_RECORD_MAX):
             self._keep(records.pack_reduce(how, part, step, now_ms))
 
     def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
@@ -265,11 +265,11 @@ class Run(ArtifactCalls):
 
     def _log_texts(self, what: str, pack: Any, items: Mapping[str, Any]) -> None:
         texts = {
-            records.check_key(what, key): records.to_text(what, key, value)
+            values.check_key(what, key): values.to_text(what, key, value)
             for key, value in items.items()
         }
         now_ms = clock.now_ms()
-        for part in records.text_chunks(texts):
+        for part in values.text_chunks(texts):
             self._keep(pack(part, now_ms))
 
     # ── the end ──
@@ -397,7 +397,7 @@ def _name(what: str, name: object) -> str:
         raise TypeError(f"{what}={name!r} is a {type(name).__name__}; it must be a str")
     if len(name) > TEXT_CHARS_MAX:
         raise ValueError(f"{what} has {len(name)} characters; at most {TEXT_CHARS_MAX}")
-    return records.to_text(what, "", name)
+    return values.to_text(what, "", name)
 
 
 def _node_count(who: Launch) -> int:
