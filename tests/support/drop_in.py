@@ -109,6 +109,50 @@ same = [
 print(json.dumps({"loads back": same[0], "from the registry": same[1]}))
 """
 
+#: What waits for the server and what cannot, in the middle of a training. It says "half" and waits:
+#: the server goes away, and with it the word of whoever else is asked.
+CUT_OFF = """
+import json, sys, time
+import mlflow, numpy, requests
+from mlflow import MlflowClient
+from sklearn.linear_model import LogisticRegression
+
+name = sys.argv[1]
+x, y = numpy.arange(20.0).reshape(10, 2), numpy.array([0, 1] * 5)
+model = LogisticRegression().fit(x, y)
+mlflow.set_experiment(name)
+client, said = MlflowClient(), {}
+others = client.create_run("0").info.run_id
+client.set_terminated(others)
+run = mlflow.start_run(run_name="cut off")
+own = run.info.run_id
+mlflow.log_metric("m", 1.0, step=0)
+print("half", flush=True)
+sys.stdin.readline()
+for what, ask in {
+    "log_metric": lambda: mlflow.log_metric("m", 2.0, step=1),
+    "log_text": lambda: mlflow.log_text("hello", "a.txt"),
+    "log_image": lambda: mlflow.log_image(numpy.zeros((4, 4, 3), dtype="uint8"), "image.png"),
+    "set_terminated others": lambda: client.set_terminated(others, "KILLED"),
+    "own run": lambda: sorted(p.step for p in client.get_metric_history(own, "m")),
+    "set_experiment": lambda: mlflow.set_experiment(name).name,
+    "log_model": lambda: mlflow.sklearn.log_model(model, name="clf", pip_requirements=["scikit-learn"]),
+    "search_runs": lambda: mlflow.search_runs(),
+    "search_registered_models": lambda: client.search_registered_models(),
+    "create_registered_model": lambda: client.create_registered_model("new"),
+    "list_artifacts": lambda: client.list_artifacts(own),
+}.items():
+    begin_s = time.monotonic()
+    try:
+        answer = ask()
+        said[what] = {"answer": answer if isinstance(answer, (list, str)) else "done"}
+    except (mlflow.MlflowException, requests.HTTPError) as error:  # of files MLflow raises the latter
+        said[what] = {"error_code": getattr(error, "error_code", ""), "words": str(error)}
+    said[what]["took_s"] = time.monotonic() - begin_s
+mlflow.end_run()
+print(json.dumps(said), flush=True)
+"""
+
 #: Set by the client of each process, by the door, or by the clock.
 _OWN_TAGS = ("relay.", "mlflow.user", "mlflow.source", "mlflow.log-model")
 
@@ -121,10 +165,11 @@ def seen(client: Any, name: str) -> dict[str, Any]:
     runs = client.search_runs([experiment.experiment_id], run_view_type=ViewType.ALL)
     names = {run.info.run_id: run.info.run_name for run in runs}
     assert len(set(names.values())) == len(names), names
-    return {run.info.run_name: _run(client, run, names) for run in runs}
+    return {run.info.run_name: seen_run(client, run, names) for run in runs}
 
 
-def _run(client: Any, run: Any, names: dict[str, str]) -> dict[str, Any]:
+def seen_run(client: Any, run: Any, names: dict[str, str]) -> dict[str, Any]:
+    """Return one run, with names in the place of ids."""
     tags = {
         key: names.get(value, value)
         for key, value in run.data.tags.items()
