@@ -6,7 +6,6 @@ RELAY_TEST_ANEMOI_PYTHON names an interpreter that has anemoi-training, if this 
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -161,7 +160,6 @@ def test_all_that_its_logger_does_is_there_as_from_the_server(
     ]
     assert differing == []
     assert ids[0] == ids[2]
-    print(json.dumps(found, indent=1))
 
 
 def is_delivered(node: Node) -> bool:

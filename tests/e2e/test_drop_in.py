@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.support import MlflowServer, TcpProxy
-from tests.support.drop_in import CUT_OFF, FLUENT, MODELS, seen
+from tests.support.drop_in import CUT_OFF, FLUENT, MODELS, OLD_CLIENT, seen
 from tests.support.relay import Node, finish, last_json, wait_until
 from tests.support.servers import free_port
 
@@ -21,21 +21,26 @@ QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "GIT_PYTHON_REFRESH": "quiet"}
 
 
 def run_on_all(
-    script: str, folder: Path, server: MlflowServer
+    script: str,
+    folder: Path,
+    server: MlflowServer,
+    *,
+    python: str = sys.executable,
+    doors: tuple[str, ...] = DOORS,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a script on the server and through each door; return what it saw, and what is there."""
     port = free_port()
-    addresses = (server.uri, f"http://127.0.0.1:{port}", "relay://")
+    addresses = dict(zip(DOORS, (server.uri, f"http://127.0.0.1:{port}", "relay://"), strict=True))
     answers, left = {}, {}
     with Node(folder / "node", server.uri, settings={"http_port": port}) as node:
         node.start()
-        for door, uri in zip(DOORS, addresses, strict=True):
+        for door in doors:
             experiment = f"{folder.name} {door}"
             done = subprocess.run(
-                [sys.executable, "-c", script, experiment],
+                [python, "-c", script, experiment],
                 env={
                     **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
-                    "MLFLOW_TRACKING_URI": uri,
+                    "MLFLOW_TRACKING_URI": addresses[door],
                     "MLFLOW_RELAY_SOCKET": str(node.socket),
                     **QUIET,
                 },
@@ -65,13 +70,13 @@ def is_delivered(node: Node) -> bool:
 def assert_equal(results: dict[str, Any]) -> None:
     differing = [
         (door, name, field, results["server"][name][field], results[door][name].get(field))
-        for door in DOORS[1:]
+        for door in set(results) - {"server"}
         for name in results["server"]
         for field in results["server"][name]
         if results[door][name].get(field) != results["server"][name][field]
     ]
     assert differing == []
-    assert all(set(results[door]) == set(results["server"]) for door in DOORS)
+    assert all(set(found) == set(results["server"]) for found in results.values())
 
 
 def test_runs_points_tags_files_inputs_and_errors_are_the_same(tmp_path, mlflow_server):
@@ -79,6 +84,20 @@ def test_runs_points_tags_files_inputs_and_errors_are_the_same(tmp_path, mlflow_
     assert_equal(left)
     for door in DOORS[1:]:
         assert answers[door] == answers["server"], door
+
+
+def test_a_client_of_mlflow_2_9_finds_the_endpoint_to_be_the_server(tmp_path, mlflow_server):
+    variable = "RELAY_TEST_MLFLOW_2_9_PYTHON"
+    python = os.environ.get(variable)
+    if python is None:
+        pytest.skip(
+            f"no old client: pip install mlflow-skinny==2.9.2, name its Python in {variable}"
+        )
+    doors = ("server", "endpoint")
+    answers, left = run_on_all(OLD_CLIENT, tmp_path, mlflow_server, python=python, doors=doors)
+    assert answers["server"]["version"].startswith("2.9.")
+    assert answers["endpoint"] == answers["server"]
+    assert_equal(left)
 
 
 @pytest.mark.parametrize("door", DOORS[1:])

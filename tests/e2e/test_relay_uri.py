@@ -242,14 +242,46 @@ def test_an_address_that_cannot_be_read_is_refused_in_words(uri, said):
         RelayStore(uri)
 
 
-def test_a_daemon_of_another_version_is_told_apart(node, monkeypatch):
+#: Python imports it before the daemon, and makes it another release.
+OTHER_RELEASE = {
+    "newer": """
+import mlflow_relay_daemon.control as control
+control.API_VERSION, control.__version__ = 2, "9.0.0"
+""",
+    "older": """
+import mlflow_relay._version as own
+own.__version__ = "0.0.1"
+from mlflow_relay_daemon.control import Control
+answer = Control.answer
+def without_door(self, peer, payload, uid=None):
+    return answer(self, peer, payload.replace(b"door", b"d00r"), uid)
+Control.answer = without_door
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("newer", r"its daemon \(9\.0\.0\) do not understand each other: update the older one"),
+        (
+            "older",
+            r"no command of this daemon \(0\.0\.1\): it is older than this client .*, restart",
+        ),
+    ],
+)
+def test_a_daemon_of_another_release_is_told_apart(
+    release, said, mlflow_server, tmp_path, monkeypatch
+):
     from mlflow.exceptions import MlflowException
 
-    from mlflow_relay import mlflow_door
     from mlflow_relay.mlflow_store import RelayStore
 
     monkeypatch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "127.0.0.1"))
-    monkeypatch.setattr(mlflow_door, "API_VERSION", 2)
-    store = RelayStore(f"relay://{node.socket}")
-    with pytest.raises(MlflowException, match="update the older one"):
-        store.get_experiment("0")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_RELEASE[release])
+    with Node(tmp_path / "node", mlflow_server.uri) as node:
+        node._daemon_environ["PYTHONPATH"] = str(tmp_path)
+        node.start()
+        store = RelayStore(f"relay://{node.socket}")
+        with pytest.raises(MlflowException, match=said):
+            store.get_experiment("0")

@@ -83,6 +83,51 @@ for wrong in (
 print(json.dumps(answers))
 """
 
+#: The same for a client of 2023, MLflow 2.9 without NumPy and pandas (mlflow-skinny).
+OLD_CLIENT = """
+import json, sys
+import mlflow
+from mlflow import MlflowClient
+
+name = sys.argv[1]
+mlflow.set_experiment(name)
+with mlflow.start_run(run_name="parent", tags={"team": "ens"}, description="a run") as parent:
+    mlflow.log_params({"lr": 0.01, "long": "x" * 500})
+    for step in range(5):
+        mlflow.log_metric("loss", 1.0 / (step + 1), step=step)
+    mlflow.log_metrics({"nan": float("nan"), "inf": float("inf")}, step=7)
+    mlflow.set_tags({"a": 1, "gone": "x"})
+    mlflow.delete_tag("gone")
+    mlflow.log_text("hello", "notes/a.txt")
+    mlflow.log_dict({"b": 1}, "b.json")
+    with mlflow.start_run(run_name="child", nested=True):
+        mlflow.log_metric("inner", 2.0)
+client = MlflowClient()
+experiment = client.get_experiment_by_name(name).experiment_id
+run = client.create_run(experiment, run_name="by client", start_time=1_700_000_000_000)
+client.log_metric(run.info.run_id, "m", 1.5, timestamp=1_700_000_000_001, step=3)
+client.update_run(run.info.run_id, name="renamed")
+client.set_terminated(run.info.run_id, "KILLED", end_time=1_700_000_009_000)
+answers = {
+    "version": mlflow.__version__,
+    "history": [[p.value, p.step] for p in client.get_metric_history(parent.info.run_id, "loss")],
+    "found": sorted(r.info.run_name for r in client.search_runs([experiment])),
+    "files": sorted(f.path for f in client.list_artifacts(parent.info.run_id)),
+    "text": mlflow.artifacts.load_text(f"runs:/{parent.info.run_id}/notes/a.txt"),
+}
+for wrong in (
+    lambda: client.log_metric(parent.info.run_id, "bad@key", 1.0),
+    lambda: client.log_param(parent.info.run_id, "lr", "0.02"),
+    lambda: client.get_run("e" * 32),
+):
+    try:
+        wrong()
+        answers.setdefault("errors", []).append("none")
+    except mlflow.MlflowException as error:
+        answers.setdefault("errors", []).append(error.error_code)
+print(json.dumps(answers))
+"""
+
 #: Autologging, a logged model, the registry.
 MODELS = """
 import sys, json
