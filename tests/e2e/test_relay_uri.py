@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import signal
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -105,7 +107,9 @@ def test_what_a_killed_training_logged_arrives_and_its_run_has_failed(node, mlfl
     )
 
 
-def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlflow_server):
+def test_with_the_server_away_a_training_begins_reads_and_ends(
+    node, proxy, mlflow_server, tmp_path
+):
     proxy.refuse()
     rank = node.rank(
         """
@@ -116,6 +120,8 @@ def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlfl
             for step in range(50):
                 mlflow.log_metric("loss", step, step=step)
             mlflow.set_tag("t", 1)
+            for row in (1, 2):  # the second time it reads what the first has written
+                mlflow.log_table({"row": [row]}, "table.json")
             seen = mlflow.get_run(run.info.run_id)
             history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
             with mlflow.start_run(nested=True, run_name="inner"):
@@ -140,6 +146,9 @@ def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlfl
     assert lonely.info.status == "FINISHED"
     assert runs["inner"].data.tags["mlflow.parentRunId"] == lonely.info.run_id
     assert len(mlflow_server.all_points(lonely.info.run_id)) == 50
+    wait_until(lambda: not node.run(run_id)["artifacts"]["waiting"], "the table is there")
+    table = client.download_artifacts(lonely.info.run_id, "table.json", str(tmp_path))
+    assert json.loads(Path(table).read_text())["data"] == [[1], [2]]
 
 
 def test_a_daemon_that_dies_in_the_middle_stops_no_training(mlflow_server, tmp_path):
