@@ -521,6 +521,8 @@ def test_files_that_wait_are_listed_and_read_and_the_later_of_a_name_stands(
         put(run_id, "sub/a.txt", b"second")
         put(run_id, "b.txt", b"of b")
         assert read(run_id, "sub/a.txt") == (200, b"second")
+        asked_by_ui = f"/ajax-api/2.0/mlflow/get-artifact?path=sub%2Fa.txt&run_uuid={run_id}"
+        assert relay.ask("GET", asked_by_ui) == (200, b"second")
     assert names(new) == ["b.txt", "sub/"]
     assert names(new, "sub") == ["sub/a.txt"]
     # Half a list would be believed: code that misses a file in it writes that file anew.

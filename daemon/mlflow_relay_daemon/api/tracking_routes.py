@@ -165,7 +165,7 @@ class _Doors:
 
     def _of_waiting_files(self, request: Request) -> Response | None:
         """Return the answer about files that wait here; None: it is the server's alone."""
-        found = self._waiting.open(request.url.path)
+        found = self._waiting.open(request.url.path, request.query_params)
         if found is not None:
             size, pieces = found
             return StreamingResponse(
@@ -175,8 +175,8 @@ class _Doors:
             )
 
         def ask() -> dict[str, Any]:
-            name = self._tracking.ids.translated(str(request.url.query), wait_s=CREATE_WAIT_S)
-            return self._upstream.ask_at(f"{request.url.path}?{name}")
+            query = self._tracking.ids.translated(request.url.query, wait_s=CREATE_WAIT_S)
+            return self._upstream.ask_at(f"{request.url.path}?{query}")
 
         try:
             listing = self._waiting.listing(request.url.path, request.query_params, ask)

@@ -25,14 +25,20 @@ _FOLDER = re.compile(r"[^/]+/([0-9a-f]{32})/artifacts(?:/(.*))?")
 _FILE = re.compile(
     r"/(?:ajax-)?api/2\.0/mlflow-artifacts/artifacts/[^/]+/([0-9a-f]{32})/artifacts/(.+)"
 )
+_GET_ARTIFACT = "/get-artifact"  #: as MLflow's UI asks for a file
+_NO_QUERY: Mapping[str, str] = {}
 #: More wait in no run; a ledger gives them out by parts.
 _ALL = 1 << 62
 
 
-def named(path: str) -> tuple[str, str] | None:
+def named(path: str, query: Mapping[str, str] = _NO_QUERY) -> tuple[str, str] | None:
     """Return run id and path in it that a file's address names; None: it is none of a run's."""
     found = _FILE.fullmatch(path)
-    return (found[1], found[2]) if found else None
+    if found:
+        return found[1], found[2]
+    if path.endswith(_GET_ARTIFACT):
+        return query.get("run_uuid") or query.get("run_id", ""), query.get("path", "")
+    return None
 
 
 class WaitingFiles:
@@ -59,9 +65,9 @@ class WaitingFiles:
         hosted = place and self._ids.find(place[0])
         return bool(place and hosted and place[1] in self.of(hosted))
 
-    def open(self, path: str) -> tuple[int, Iterator[bytes]] | None:
+    def open(self, path: str, query: Mapping[str, str]) -> tuple[int, Iterator[bytes]] | None:
         """Return size and content of the file of an address; None: it is not here."""
-        place = named(path)
+        place = named(path, query)
         hosted = place and self._ids.find(place[0])
         artifact = self.of(hosted).get(place[1]) if place and hosted else None
         if hosted is None or artifact is None:
@@ -71,7 +77,9 @@ class WaitingFiles:
             source = Source(artifact, where, lambda _: None, hosted.owner)
         except (NoSuchContent, NotReadable):
             return None  # uploaded just now; or its upload will say why it cannot be
-        return artifact.size, _pieces(source)
+        pieces = _pieces(source)
+        next(pieces)  # begun: whatever becomes of the answer, the file is closed
+        return artifact.size, pieces
 
     def listing(self, path: str, query: Mapping[str, str], ask: Callable[[], Json]) -> Json | None:
         """Return the answer to a question for a list of files; None: it is none that concerns a
@@ -89,13 +97,14 @@ class WaitingFiles:
         else:
             return None
         hosted = self._ids.find(run_id)
-        waiting = self.of(hosted) if hosted else {}
-        card = hosted.run.card if hosted else None
-        if card is None or not (waiting or (card.mlflow_run_id or card.itself()) is None):
+        if hosted is None:
             return None
-        # What is told of the run by name comes after its files were looked for: none of them is at
-        # the server before the run is.
-        answer: Json = ask() if card.mlflow_run_id or card.itself() else {}
+        # In this order: as long as the server has no such run, none of its files can be there.
+        waiting, card = self.of(hosted), hosted.run.card
+        is_there = bool(card.mlflow_run_id or card.itself())
+        if is_there and not waiting:
+            return None
+        answer = ask() if is_there else {}
         files = {each["path"]: each for each in answer.get("files", ())}
         for each in entries(waiting, folder.strip("/")):
             name = each["path"].rpartition("/")[2] if is_folder else each["path"]
@@ -118,5 +127,6 @@ def entries(waiting: Mapping[str, Artifact], folder: str) -> Iterator[Json]:
 
 def _pieces(source: Source) -> Iterator[bytes]:
     with source:
+        yield b""
         while data := source.read():
             yield data
