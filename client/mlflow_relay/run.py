@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from time import time_ns
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import clock, fluent, records, settings, values
@@ -451,19 +452,35 @@ def _after_fork_in_child() -> None:
 
 
 def _end_at_exit_of_worker() -> None:
-    """multiprocessing's children leave by os._exit, past atexit; they have a hook of their own."""
+    """multiprocessing's children leave by os._exit, past atexit; they have hooks of their own."""
     process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
-    if process is not None and util is not None and process.parent_process() is not None:
-        # Called while the exception that ends the child, if any, is still being handled. What is
-        # being handled now is the parent's, in whose `except` the child was forked.
-        parents = sys.exc_info()[1]
+    if process is None or util is None or process.parent_process() is None:
+        return
+    register = getattr(threading, "_register_atexit", None)
+    if sys.version_info >= (3, 13) and register is not None:
+        register(_end_as_worker_did)
+        return
+    # Called while the exception that ends the child, if any, is still being handled. What is being
+    # handled now is the parent's, in whose `except` the child was forked.
+    parents = sys.exc_info()[1]
 
-        def end() -> None:
-            error = sys.exc_info()[1]
-            _end_all(None if error is parents else error)
+    def end() -> None:
+        error = sys.exc_info()[1]
+        _end_all(None if error is parents else error)
 
-        util.Finalize(None, end, exitpriority=0)
+    util.Finalize(None, end, exitpriority=0)
+
+
+def _end_as_worker_did() -> None:
+    """Since Python 3.13 the exception is over when the hooks run. Its exit code is not: it waits in
+    the frame that has caught it."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    while frame is not None and frame.f_code.co_name != "_bootstrap":
+        frame = frame.f_back
+    code = 0 if frame is None else frame.f_locals.get("exitcode", 0)
+    for run in list(_runs):
+        run.end("FAILED" if code else "FINISHED", reason=f"exit code {code}" if code else "")
 
 
 atexit.register(_end_at_exit)
