@@ -16,6 +16,7 @@ CASES = {
     "model": "Model test: append, deliver, crash, full, damage, reload",
     "syscalls": "SIGKILL at every system call of the write path",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
+    "network": "A network that fails in every way",
     "suite": "The tests that are too long for `make test`",
 }
 #: What the issue asks for and no case here does yet.
@@ -23,7 +24,7 @@ MISSING = (
     "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
     "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
     "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
-    "10,000 faults of the network in one run; two nodes with a partition between them",
+    "Two nodes with a partition between them",
     "10 million inputs of a coverage-guided fuzzer for the decoders",
     "Clock jumps, fd exhaustion, a memory limit",
 )

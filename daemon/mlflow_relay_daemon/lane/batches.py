@@ -227,12 +227,28 @@ class Batches:
         guilty = deliver_apart([witness, *batch.entries()], self._send, refusals)
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
+        guilty = [each for each in guilty if each.is_refusal or self._fails(each.entry, witness)]
         for objection in guilty:
             entry = objection.entry
             is_name = entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0
             if is_name and len(self._refused_keys) < KEYS_REMEMBERED_MAX:
                 self._refused_keys[entry.key] = objection
         batch.refuse(guilty)
+
+    def _fails(self, entry: Entry, witness: Entry) -> bool:
+        """Return whether the server stumbles over this entry each time, and never over the witness.
+
+        A balancer with one sick server behind it stumbles by chance: over anything, now and then.
+        Raises: TryAgain: over the witness, too.
+        """
+        for _ in range(FAILURES_SUSPECT):
+            self._send([witness])
+            try:
+                self._send([entry])
+            except (Refused, TryAgain):
+                continue
+            return False
+        return True
 
     def _send(self, entries: list[Entry]) -> None:
         self._to.log(*split(entries))
