@@ -18,6 +18,7 @@ CASES = {
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
     "network": "A network that fails in every way",
     "partition": "Two nodes of one run, cut off from the server and from each other",
+    "fuzz": "A coverage-guided fuzzer for the decoders",
     "suite": "The tests that are too long for `make test`",
 }
 #: What the issue asks for and no case here does yet.
@@ -25,7 +26,6 @@ MISSING = (
     "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
     "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
     "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
-    "10 million inputs of a coverage-guided fuzzer for the decoders",
     "Clock jumps, fd exhaustion, a memory limit",
 )
 

@@ -125,6 +125,30 @@ def test_brackets_without_end_are_a_format_error():
         cards.unpack(b"[" * 200_000)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start_ms": "yesterday"},
+        {"start_ms": 1 << 64},
+        {"run_name": None},
+        {"run_name": "\ud800"},
+        {"tags": {"team": 1}},
+        {"held": [["tag", "from"]]},
+        {"held": "none"},
+        {"parent": {"asked": 1}},
+        {"sessions": {"no hex digits": vars(SessionCard(0, "", 1, True, 0))}},
+        {"sessions": {SESSION.hex(): {**vars(SessionCard(0, "", 1, True, 0)), "next_seq": "5"}}},
+    ],
+)
+def test_a_card_that_was_mended_badly_by_hand_is_a_format_error(change):
+    values = json.loads(cards.pack(new_card()))
+    del values["crc"]
+    assert cards.unpack(json.dumps(values).encode()) == new_card()
+
+    with pytest.raises(FormatError):
+        cards.unpack(json.dumps({**values, **change}).encode())
+
+
 def test_a_card_of_a_later_release_is_told_from_damage():
     values = json.loads(cards.pack(new_card()))
     values["version"] = cards.VERSION + 1
