@@ -29,7 +29,7 @@ _JSON = b'{"error_code": "%s", "message": "it went wrong"}'
 #: timeout or the server's word, come seldom, or there would be few faults in an hour.
 KINDS: Mapping[str, tuple[Callable[[random.Random], Action], int]] = {
     "latency": (lambda rng: delay(rng.choice((0.02, 0.1, 0.3))), 6),
-    "longer than the timeout": (lambda rng: delay(1.5), 1),
+    "longer than the timeout": (lambda rng: delay(6.0), 1),
     "reset": (lambda rng: reset(), 12),
     "black hole": (lambda rng: black_hole(), 1),
     "half-open": (lambda rng: half_open(), 1),

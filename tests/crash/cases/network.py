@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ NODES, RANKS = 3, 2
 FAULTS_PER_ROUND = 400
 PAUSE_S = 0.05
 PATIENCE_S = 180.0
-SETTINGS = {"request_timeout_s": 1.0, "retry_wait_s_max": 0.05}
+#: Half a second would do; where others need the CPU, too, an honest answer may take long.
+SETTINGS = {"request_timeout_s": 5.0, "retry_wait_s_max": 0.05}
 
 
 @dataclass
@@ -64,12 +66,14 @@ def run(job: Job) -> Outcome:
                 play(key, nodes, server, proxy, rng, watched, faults=FAULTS_PER_ROUND, job=job)
             except (AssertionError, OSError, sqlite3.Error) as error:
                 outcome.found(f"round {job.seed}/{rounds}: {error}")
+                print(outcome.findings[-1], file=sys.stderr)
                 proxy.heal()
                 for node in nodes:
                     make_whole(node, server)
             rounds += 1
         codes = [node.stop() for node in nodes]
-        assert codes == [0] * NODES, f"the daemons left something behind: {codes}"
+        if any(codes):
+            outcome.found(f"the daemons left something behind: {codes}")
     outcome.count = watched.faults.total()
     outcome.figures = {
         "rounds": f"{rounds:,}",
@@ -116,7 +120,7 @@ def play(
     watched.longest_drain_s = max(watched.longest_drain_s, time.monotonic() - healed_s)
     watched.requests += proxy.requests() - requests
     for name, ranks in zip(keys, jobs, strict=True):
-        _wait_until_alone(server, name)
+        wait_until_alone(server, name)
         lives = [life for rank in ranks for life in rank.lives]
         watched.longest_call_ns = max(watched.longest_call_ns, *(life.longest_ns for life in lives))
         watched.points += check(server, name, ranks, lives)
@@ -124,7 +128,7 @@ def play(
             rank.close()
 
 
-def _wait_until_alone(server: MlflowServer, key: str) -> None:
+def wait_until_alone(server: MlflowServer, key: str) -> None:
     """A create that timed out may be carried out late: its empty run is removed a minute later."""
 
     def is_alone() -> bool:
