@@ -224,10 +224,14 @@ class Batches:
         # The witness is a tag that the run has already: if even that fails, it is the server that
         # is in trouble, and no entry is guilty.
         witness = Entry("tag", *self._to.witness, 0, None)
-        guilty = deliver_apart([witness, *batch.entries()], self._send, refusals)
+        guilty = deliver_apart(
+            [witness, *batch.entries()],
+            self._send,
+            refusals,
+            lambda objection: objection.is_refusal or self._fails(objection.entry, witness),
+        )
         if any(objection.entry is witness for objection in guilty):
             raise TryAgain(guilty[0].reason, guilty[0].error_code)
-        guilty = [each for each in guilty if each.is_refusal or self._fails(each.entry, witness)]
         for objection in guilty:
             entry = objection.entry
             is_name = entry.kind == "metric" and objection.is_refusal and entry.timestamp_ms >= 0
