@@ -19,6 +19,7 @@ CASES = {
     "network": "A network that fails in every way",
     "partition": "Two nodes of one run, cut off from the server and from each other",
     "fuzz": "A coverage-guided fuzzer for the decoders",
+    "others": "Frozen parties, clock jumps, descriptors, memory, crowds, sizes",
     "suite": "The tests that are too long for `make test`",
 }
 #: What the issue asks for and no case here does yet.
@@ -26,7 +27,7 @@ MISSING = (
     "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
     "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
     "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
-    "Clock jumps, fd exhaustion, a memory limit",
+    "A daemon without descriptors that serves on: libzmq ends it, and the next one has all",
 )
 
 _HEAD = """# Reliability
