@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import clock, settings
-from .records import Artifact, check_artifact_path, pack_artifact
+from .records import Artifact, pack_artifact
 from .staging import (
     NO_ROOM,
     Staged,
@@ -24,6 +24,7 @@ from .staging import (
     stage_bytes,
     stage_file,
 )
+from .values import check_artifact_path
 
 if TYPE_CHECKING:
     from . import media

@@ -21,7 +21,7 @@ from mlflow.utils import validation
 from mlflow.utils.async_logging.run_operations import RunOperations
 from mlflow.utils.rest_utils import MlflowHostCreds, http_request
 
-from . import clock, records
+from . import clock, records, values
 from .errors import RelayError
 from .mlflow_artifacts import to_ours, to_servers
 from .mlflow_door import Door, Endpoint, read_uri
@@ -254,7 +254,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
         known.update(texts)
 
     def _append_texts(self, run_id: str, pack: Any, items: dict[str, str]) -> None:
-        for part in records.text_chunks(items):
+        for part in values.text_chunks(items):
             self._writer(run_id).append(pack(part, clock.now_ms()))
 
     # ── the journals ──

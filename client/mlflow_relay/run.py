@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,10 +14,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from time import time_ns
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import clock, fluent, records, settings
+from . import clock, fluent, records, settings, values
 from .artifacts import ArtifactCalls
 from .autostart import start_daemon
 from .errors import RelayError
@@ -220,11 +221,11 @@ class Run(ArtifactCalls):
             return
         if self._silent or not metrics:
             return
-        if len(metrics) > records.METRICS_PER_RECORD_MAX:
-            for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+        if len(metrics) > values.METRICS_PER_RECORD_MAX:
+            for part in values.chunks(metrics, values.METRICS_PER_RECORD_MAX):
                 self.log_metrics(part, step)
         elif step is None:
-            checked = {key: records.to_float(key, value) for key, value in metrics.items()}
+            checked = {key: values.to_float(key, value) for key, value in metrics.items()}
             steps = [next(self._next_step[key]) for key in checked]
             self._keep(self._packer.pack_steps(checked, steps, clock.now_ms()))
         else:
@@ -234,7 +235,7 @@ class Run(ArtifactCalls):
         if step is None:
             raise ValueError(f"reduce={how!r} needs a step: ranks are brought together by it")
         now_ms = clock.now_ms()
-        for part in records.chunks(metrics, records.METRICS_PER_RECORD_MAX):
+        for part in values.chunks(metrics, values.METRICS_PER_RECORD_MAX):
             self._keep(records.pack_reduce(how, part, step, now_ms))
 
     def log_metric(self, key: str, value: Any, step: int | None = None) -> None:
@@ -265,11 +266,11 @@ class Run(ArtifactCalls):
 
     def _log_texts(self, what: str, pack: Any, items: Mapping[str, Any]) -> None:
         texts = {
-            records.check_key(what, key): records.to_text(what, key, value)
+            values.check_key(what, key): values.to_text(what, key, value)
             for key, value in items.items()
         }
         now_ms = clock.now_ms()
-        for part in records.text_chunks(texts):
+        for part in values.text_chunks(texts):
             self._keep(pack(part, now_ms))
 
     # ── the end ──
@@ -397,7 +398,7 @@ def _name(what: str, name: object) -> str:
         raise TypeError(f"{what}={name!r} is a {type(name).__name__}; it must be a str")
     if len(name) > TEXT_CHARS_MAX:
         raise ValueError(f"{what} has {len(name)} characters; at most {TEXT_CHARS_MAX}")
-    return records.to_text(what, "", name)
+    return values.to_text(what, "", name)
 
 
 def _node_count(who: Launch) -> int:
@@ -451,19 +452,35 @@ def _after_fork_in_child() -> None:
 
 
 def _end_at_exit_of_worker() -> None:
-    """multiprocessing's children leave by os._exit, past atexit; they have a hook of their own."""
+    """multiprocessing's children leave by os._exit, past atexit; they have hooks of their own."""
     process = sys.modules.get("multiprocessing.process")
     util = sys.modules.get("multiprocessing.util")
-    if process is not None and util is not None and process.parent_process() is not None:
-        # Called while the exception that ends the child, if any, is still being handled. What is
-        # being handled now is the parent's, in whose `except` the child was forked.
-        parents = sys.exc_info()[1]
+    if process is None or util is None or process.parent_process() is None:
+        return
+    register = getattr(threading, "_register_atexit", None)
+    if sys.version_info >= (3, 13) and register is not None:
+        register(_end_as_worker_did)
+        return
+    # Called while the exception that ends the child, if any, is still being handled. What is being
+    # handled now is the parent's, in whose `except` the child was forked.
+    parents = sys.exc_info()[1]
 
-        def end() -> None:
-            error = sys.exc_info()[1]
-            _end_all(None if error is parents else error)
+    def end() -> None:
+        error = sys.exc_info()[1]
+        _end_all(None if error is parents else error)
 
-        util.Finalize(None, end, exitpriority=0)
+    util.Finalize(None, end, exitpriority=0)
+
+
+def _end_as_worker_did() -> None:
+    """Since Python 3.13 the exception is over when the hooks run. Its exit code is not: it waits in
+    the frame that has caught it."""
+    frame: FrameType | None = sys._getframe()  # noqa: SLF001
+    while frame is not None and frame.f_code.co_name != "_bootstrap":
+        frame = frame.f_back
+    code = 0 if frame is None else frame.f_locals.get("exitcode", 0)
+    for run in list(_runs):
+        run.end("FAILED" if code else "FINISHED", reason=f"exit code {code}" if code else "")
 
 
 atexit.register(_end_at_exit)

@@ -119,6 +119,13 @@ class Config:
             flag="--exit-when-idle", least=0, most=2_592_000, optional=True,
         ),
     )  # fmt: skip
+    keep_ended_s: float | None = field(
+        default=2_592_000.0,
+        metadata=_setting(
+            "seconds", "Remove a run from the spool so long after it has ended, if MLflow has all "
+            "of it.", flag="--keep-ended", most=31_536_000, optional=True,
+        ),
+    )  # fmt: skip
     sidecar: bool = field(
         default=False,
         metadata=_setting("switch", "Leave when no `mlflow-relay exec` needs it any more; SIGTERM "

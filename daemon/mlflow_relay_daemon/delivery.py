@@ -61,6 +61,11 @@ class Delivery:
         with self._changed:
             return not self._busy and all(lane.is_parked for lane in self._due_s)
 
+    def is_at_rest(self, lane: Lane) -> bool:
+        """Return whether nothing is planned for this lane."""
+        with self._changed:
+            return lane not in self._busy and lane not in self._due_s
+
     def stop(self) -> None:
         """Let every thread finish its request, if that is soon, and leave.
 

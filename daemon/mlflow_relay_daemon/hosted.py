@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mlflow_relay import clock
 from mlflow_relay_daemon.access import RUNS_PER_USER_MAX, Access, NotYours, private_access
 from mlflow_relay_daemon.attachment import Attachment
 from mlflow_relay_daemon.dead_letters import DeadLetters
@@ -221,6 +222,34 @@ class Runs:
             except OSError as error:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())
+
+    def remove_ended(self, keep_s: float) -> None:
+        """Remove the runs that ended so long ago, if MLflow has all of them.
+
+        A rank that comes all the same makes its run anew, and finds it in MLflow by its tag, as
+        those do that resume it.
+        """
+        before_ms = clock.now_ms() - int(keep_s * 1000)
+        for hosted in [each for each in self.by_id.values() if self._is_done(each, before_ms)]:
+            try:
+                self.spool.remove(hosted.run)
+            except OSError as error:
+                log.warning("run %s stays: %s", hosted.run.card.run_id, error)
+            else:
+                del self.by_id[hosted.run.card.run_id]
+
+    def _is_done(self, hosted: Hosted, before_ms: int) -> bool:
+        """Return whether nobody here has anything to do with this run, or to be told of it."""
+        run, card = hosted.run, hosted.run.card
+        return (
+            card.is_over
+            and not (run.segment_bytes() or run.artifacts.waiting or card.held or card.open_links())
+            and not (hosted.letters.count or card.lost_records or run.mark.damaged_records)
+            and hosted.lane is not None
+            and self.delivery is not None
+            and self.delivery.is_at_rest(hosted.lane)
+            and run.changed_ms() < before_ms
+        )
 
     def _take_again(self) -> None:
         log.warning("the spool takes records again")

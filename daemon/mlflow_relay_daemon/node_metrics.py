@@ -19,6 +19,7 @@ from typing import NamedTuple
 import psutil
 
 from mlflow_relay import clock, records
+from mlflow_relay.values import METRICS_PER_RECORD_MAX, chunks
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.own_records import OwnRecords
 from mlflow_relay_daemon.sensors import (
@@ -138,7 +139,7 @@ class NodeMetrics:
         packer = records.MetricsPacker()
         packed = [
             packer.pack(part, step, sample.time_ms)
-            for part in records.chunks(values, records.METRICS_PER_RECORD_MAX)
+            for part in chunks(values, METRICS_PER_RECORD_MAX)
         ]
         if not packed:
             return

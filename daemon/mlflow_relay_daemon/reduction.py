@@ -12,7 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from mlflow_relay.records import METRICS_PER_RECORD_MAX, Combined, Reduce
+from mlflow_relay.records import Combined, Reduce
+from mlflow_relay.values import METRICS_PER_RECORD_MAX
 from mlflow_relay_daemon.batch import Entry, Objection
 
 #: Tag of the run: values that ranks owed to points, in all.

@@ -18,6 +18,7 @@ LIVE = frozenset(
         "exit_when_idle_s",
         "free_bytes_min",
         "group_bytes_max",
+        "keep_ended_s",
         "log_format",
         "log_level",
         "retry_wait_s_max",

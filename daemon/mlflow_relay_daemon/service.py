@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 #: How often journals are looked at: within it a vanished rank is noticed.
 LOOK_EVERY_S = 0.5
+TIDY_EVERY_S = 60.0
 #: The default interval, 5 ms, is how long a lane that computes may keep intake from its socket.
 SWITCH_INTERVAL_S = 0.0005
 #: How long other threads wait for the loop: one fsync of a busy disk.
@@ -87,7 +88,7 @@ class Service:
         self._is_to_reload = False
         self._stopped_s: float | None = None  # when it was told to leave
         self._is_leased = True
-        self._looked_s = self._busy_s = time.monotonic()
+        self._looked_s = self._busy_s = self._tidied_s = time.monotonic()
         self._asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._runtime_lock = opening.lock_runtime_folder(config)
         self._spool = opening.open_spool(config)
@@ -252,10 +253,18 @@ class Service:
                 self._combiner.look(self._looked_s)
             self._runs.return_space()
             self._runs.look_for_space()
+            self._tidy()
             self._look_after_files()
             say_repeats()
             self._is_leased = self._config.sidecar and is_leased(self._config.socket.parent)
             systemd.notify("WATCHDOG=1")
+
+    def _tidy(self) -> None:
+        """Once a minute: a node lives for months, and sees thousands of runs."""
+        keep_s = self._config.keep_ended_s
+        if keep_s is not None and self._looked_s - self._tidied_s >= min(TIDY_EVERY_S, keep_s):
+            self._tidied_s = self._looked_s
+            self._runs.remove_ended(keep_s)
 
     def _look_after_files(self) -> None:
         try:

@@ -16,14 +16,13 @@ import yaml
 
 import mlflow_relay
 from mlflow_relay.records import (
-    ARTIFACT_PATH_BYTES_MAX,
     Artifact,
     Tags,
-    check_artifact_path,
     pack_artifact,
     unpack_record,
 )
 from mlflow_relay.run import Run
+from mlflow_relay.values import ARTIFACT_PATH_BYTES_MAX, check_artifact_path
 from tests.support.fake_daemon import FakeDaemon
 
 

@@ -263,6 +263,7 @@ def test_the_daemon_knows_only_the_formats_of_the_client_and_what_both_must_agre
             "messages",
             "paths",
             "records",
+            "values",
         ),
         "launch",  # relay_run_id
     }

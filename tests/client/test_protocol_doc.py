@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from mlflow_relay import frames, journal, journal_files, messages, records, sender, settings
+from mlflow_relay import (
+    frames,
+    journal,
+    journal_files,
+    messages,
+    records,
+    sender,
+    settings,
+    values,
+)
 
 DOCUMENT = (Path(__file__).parents[2] / "client" / "PROTOCOL.md").read_text(encoding="utf-8")
 SESSION = bytes(range(16))
@@ -222,14 +231,14 @@ def size(text: str) -> int:
 def test_the_limits_are_those_of_the_code():
     limits = {cells[0]: cells[1] for cells in rows(section("10. Limits"))}
     assert size(limits["message"]) == messages.MESSAGE_BYTES_MAX
-    assert size(limits["record"]) == records.RECORD_BYTES_MAX
+    assert size(limits["record"]) == values.RECORD_BYTES_MAX
     frame = re.match(r"(\d+ KiB) .*; (\d+ MiB) \+ (\d+) bytes", limits["frame"])
     assert frame
     assert size(frame[1]) == frames.FRAME_BYTES_TARGET
     assert size(frame[2]) + int(frame[3]) == frames.FRAME_BYTES_MAX
     counts = limits["metrics, params, tags per record"]
-    texts = records.TEXTS_PER_RECORD_MAX
-    assert counts == f"{records.METRICS_PER_RECORD_MAX}, {texts}, {texts}"
+    texts = values.TEXTS_PER_RECORD_MAX
+    assert counts == f"{values.METRICS_PER_RECORD_MAX}, {texts}, {texts}"
     assert size(limits["frames under way per session"]) == sender.WINDOW_BYTES
     smallest = re.fullmatch(r"(\d+ MiB), at least (\d+ KiB)", limits["entries file"])
     assert smallest
@@ -247,9 +256,9 @@ def test_the_limits_are_those_of_the_code():
 def test_the_longest_text_is_what_the_table_says():
     limit = next(cells[1] for cells in rows(section("10. Limits")) if "value of" in cells[0])
     chars = int(limit.removesuffix(" characters").replace(",", ""))
-    records.to_text("param", "key", "x" * chars)
+    values.to_text("param", "key", "x" * chars)
     with pytest.raises(ValueError, match="key"):
-        records.to_text("param", "key", "x" * (chars + 1))
+        values.to_text("param", "key", "x" * (chars + 1))
 
 
 def test_the_versions_are_those_of_the_code():

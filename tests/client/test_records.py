@@ -21,22 +21,24 @@ from mlflow_relay.frames import RECORD_BYTES_MAX
 from mlflow_relay.records import (
     END_STATUSES,
     METRICS,
-    METRICS_PER_RECORD_MAX,
     End,
     Metrics,
     MetricsPacker,
     Params,
     Record,
     Tags,
-    check_key,
-    chunks,
     pack_end,
     pack_params,
     pack_tags,
+    unpack_record,
+)
+from mlflow_relay.values import (
+    METRICS_PER_RECORD_MAX,
+    check_key,
+    chunks,
     to_float,
     to_step,
     to_text,
-    unpack_record,
 )
 
 KEYS = st.text(min_size=1, max_size=20)

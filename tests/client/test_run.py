@@ -668,8 +668,10 @@ def test_the_socket_comes_from_the_environment(monkeypatch, daemon, socket):
 
 
 def run_python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    # Python 3.12 warns of each fork of a process that has threads, as every training does.
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", textwrap.dedent(script)]
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        [*command, *map(str, arguments)],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

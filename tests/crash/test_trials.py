@@ -9,7 +9,6 @@ import pytest
 from tests.crash.trials import TRIALS, Scene
 from tests.support.seeds import new_seed
 
-
 QUICK = ("frozen_server", "clock_jumps", "too_few_descriptors", "thousand_sessions")
 
 

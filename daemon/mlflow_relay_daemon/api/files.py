@@ -12,7 +12,8 @@ from typing import IO
 
 from mlflow_relay import clock
 from mlflow_relay.fingerprint import sample_digest
-from mlflow_relay.records import COPY, Artifact, check_artifact_path, pack_artifact
+from mlflow_relay.records import COPY, Artifact, pack_artifact
+from mlflow_relay.values import check_artifact_path
 from mlflow_relay_daemon.api.errors import invalid, kept
 from mlflow_relay_daemon.api.writer import Writer
 from mlflow_relay_daemon.hosted import Hosted

@@ -6,6 +6,8 @@ of the daemon's state it asks for with `Service.in_loop`.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import socket
 import threading
@@ -59,7 +61,7 @@ class HttpServer:
             limit_concurrency=CONNECTIONS_MAX,
             timeout_graceful_shutdown=1,
         )
-        self._server = uvicorn.Server(config)
+        self._server = _QuietServer(config)
         # Signals are the main thread's: uvicorn leaves them alone in any other.
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
 
@@ -69,7 +71,7 @@ class HttpServer:
 
     def stop(self) -> None:
         """Let requests under way end, if that is soon."""
-        self._server.should_exit = True
+        self._server.ask_to_stop()
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_S)
         self._listener.close()
@@ -80,6 +82,31 @@ class HttpServer:
             self._server.run(sockets=[self._listener])
         except Exception:  # the port may be lost, the daemon goes on
             log.exception("the HTTP server has ended")
+
+
+class _QuietServer(uvicorn.Server):
+    """Wakes once a second, for the Date header; uvicorn's own looks ten times whether it is to end.
+
+    Of a core, idle: 0.27 % with uvicorn's, more than all the rest of the daemon.
+    """
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._asked = asyncio.Event()
+
+    def ask_to_stop(self) -> None:
+        """End soon. For any thread, at any time."""
+        self.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # its loop is closed: it has ended by itself
+                self._loop.call_soon_threadsafe(self._asked.set)
+
+    async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        while not await self.on_tick(0):
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._asked.wait(), 1.0)
 
 
 def _listen(port: int) -> socket.socket:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import orjson
 
-from mlflow_relay import clock, records
+from mlflow_relay import clock, records, values
 from mlflow_relay.messages import TEXT_CHARS_MAX
 from mlflow_relay_daemon.api import checks
 from mlflow_relay_daemon.api.checks import Body
@@ -239,7 +239,7 @@ def _metric_records(metrics: Sequence[Metric]) -> list[bytes]:
 
 def _texts(pack: Callable[[dict[str, str], int], bytes], items: dict[str, str]) -> list[bytes]:
     time_ms = clock.now_ms()
-    return [pack(part, time_ms) for part in records.text_chunks(items)]
+    return [pack(part, time_ms) for part in values.text_chunks(items)]
 
 
 def _call(name: str, body: Json) -> bytes:

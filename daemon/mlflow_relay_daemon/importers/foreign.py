@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
-from mlflow_relay.records import Params, Tags, chunks
+from mlflow_relay.records import Params, Tags
+from mlflow_relay.values import chunks
 from mlflow_relay_daemon.batch import PARAMS_MAX
 from mlflow_relay_daemon.lane.artifacts import WAITING_TAG
 from mlflow_relay_daemon.lane.destination import (

@@ -120,9 +120,11 @@ class Ending:
             self._say_that_ranks_live()
 
     def join(self, found: RunInfo) -> None:
-        """Ranks live here of a run that another node made; it may have ended there."""
+        """Ranks live here of a run that was there already, and may have ended: on another node, or
+        here, so long ago that the spool has forgotten it."""
         sink, tag = self._to.sink, self._alive_tag()
-        self._to.ask(lambda: sink.log_batch(found.run_id, [], [], [tag]))
+        if found.tags.get(OWNER_TAG, self._to.node) != self._to.node:
+            self._to.ask(lambda: sink.log_batch(found.run_id, [], [], [tag]))
         if found.status != "RUNNING":
             self._to.ask(lambda: sink.update_run(found.run_id, status="RUNNING"))
 

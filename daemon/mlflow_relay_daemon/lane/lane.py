@@ -22,7 +22,7 @@ from mlflow_relay_daemon.dead_letters import DeadLetters
 from mlflow_relay_daemon.lane.artifacts import ArtifactWord
 from mlflow_relay_daemon.lane.batches import Batches
 from mlflow_relay_daemon.lane.creation import Creation
-from mlflow_relay_daemon.lane.destination import OWNER_TAG, Destination
+from mlflow_relay_daemon.lane.destination import Destination
 from mlflow_relay_daemon.lane.ending import Ending
 from mlflow_relay_daemon.lane.lineage import PARENT_TAG, Resolver
 from mlflow_relay_daemon.lane.links import LOOK_AGAIN_S, LineageParams, Links
@@ -200,13 +200,13 @@ class Lane:
 
     def _create(self) -> None:
         """Have an MLflow run, and know it. Crash: at any line, it is found again by its tag."""
-        card, node = self.run.card, self._to.node
+        card = self.run.card
         wanted = card.itself()
         if wanted is not None:
             found = self._to.ask(lambda: self._creation.go_on_with(wanted))
         else:
             found = self._to.ask(self._creation.find_or_create)
-            if self._ranks_alive() and found.tags.get(OWNER_TAG, node) != node:
+            if self._ranks_alive():
                 self._ending.join(found)
         with self.run.lock:
             if wanted != card.itself():

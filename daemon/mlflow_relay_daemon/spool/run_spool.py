@@ -282,6 +282,11 @@ class RunSpool:
         with self.lock:
             return sum(self._ends.values())
 
+    def changed_ms(self) -> int:
+        """Return when something of this run was last written, by this node's clock."""
+        times = [each.stat().st_mtime_ns for each in self.folder.iterdir()]
+        return max(times, default=0) // 1_000_000
+
     def close(self) -> None:
         """Close files; the folder stays as it is."""
         self._close_writer()

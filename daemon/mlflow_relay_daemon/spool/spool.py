@@ -3,6 +3,7 @@
 <spool>/lock                   held while a daemon lives
 <spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
 <spool>/staging/               files that are to be artifacts
+<spool>/removed/               runs on their way out; nothing in it is ever needed again
 <spool>/quarantine/            what could not be read; nothing in it is ever needed again
 <spool>/reserve                space for the cards of runs on a full disk
 """
@@ -29,6 +30,7 @@ from mlflow_relay_daemon.spool.staging import QUOTA_PART, Staging
 log = logging.getLogger(__name__)
 
 RUNS, QUARANTINE, LOCK, NODE, RESERVE = "runs", "quarantine", "lock", "node", "reserve"
+REMOVED = "removed"
 #: How often the free space is asked for; between two questions at most a few groups are written.
 FREE_SPACE_EVERY_S = 0.2
 
@@ -81,6 +83,7 @@ class Spool:
         self.staging = Staging(disk, folder)
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
+        shutil.rmtree(folder / REMOVED, ignore_errors=True)
         self.reserve = Reserve(disk, folder / RESERVE)
         self.reserve.restore(self.free_bytes())
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
@@ -106,6 +109,18 @@ class Spool:
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
             self.runs[card.run_id] = run
         return run
+
+    def remove(self, run: RunSpool) -> None:
+        """Remove a run of which nothing is wanted any more.
+
+        Raises: OSError: it is there as before. Crash: it is there as before, or not at all.
+        """
+        removed = self.folder / REMOVED
+        removed.mkdir(exist_ok=True)
+        run.folder.rename(removed / run.folder.name)
+        del self.runs[run.card.run_id]
+        run.close()
+        shutil.rmtree(removed, ignore_errors=True)
 
     def check_space(self, size: int) -> None:
         """Raises: OSError (ENOSPC, EDQUOT): no room for so many bytes, by our own limits."""

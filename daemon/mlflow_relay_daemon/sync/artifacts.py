@@ -18,7 +18,8 @@ from zlib import crc32
 
 from mlflow_relay import clock
 from mlflow_relay.fingerprint import open_regular, sample_digest
-from mlflow_relay.records import PLACE, Artifact, check_artifact_path
+from mlflow_relay.records import PLACE, Artifact
+from mlflow_relay.values import check_artifact_path
 from mlflow_relay_daemon.artifacts.source import NoSuchContent, NotReadable, Source
 from mlflow_relay_daemon.artifacts.stores import Store
 from mlflow_relay_daemon.batch import Entry, Objection

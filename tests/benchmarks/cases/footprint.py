@@ -8,6 +8,7 @@ import time
 from tests.benchmarks.bench import NOBODY, OWN, Bench, BenchNode
 from tests.benchmarks.load import Load, Senders
 from tests.benchmarks.outcome import Outcome, Table, Target
+from tests.support.servers import free_port
 
 
 def run(bench: Bench) -> Outcome:
@@ -24,13 +25,17 @@ def run(bench: Bench) -> Outcome:
                 senders.results()
                 attached = _idle_share(node, bench)
             rows.append([name, start_s, node.resident_mb, alone * 100, attached * 100])
+        with bench.node(name, NOBODY, retry_wait_s_max=30, http_port=free_port()) as node:
+            with_port = _idle_share(node, bench)
+            rows[-1].append(with_port * 100)
         if name == OWN:
             outcome.targets += [
                 Target("daemon, start to accepting", start_s, "s", most=0.5),
                 Target("daemon memory, http sink, idle", rows[-1][2], "MB", most=80),
                 Target("daemon idle, share of a core", alone * 100, "%", most=0.2),
+                Target("daemon idle, with its HTTP port", with_port * 100, "%", most=0.2),
             ]
-    columns = ["", "start s", "MB", "CPU idle %", "CPU % with 8 idle ranks"]
+    columns = ["", "start s", "MB", "CPU idle %", "with 8 idle ranks %", "with HTTP port %"]
     outcome.tables.append(Table("The daemon at rest", columns, rows))
     return outcome
 
