@@ -12,6 +12,7 @@ def deliver_apart(
     entries: list[Entry],
     send: Callable[[list[Entry]], None],
     refusals: tuple[type[SinkError], ...],
+    is_sure: Callable[[Objection], bool] = lambda objection: True,
 ) -> list[Objection]:
     """Deliver in halves and quarters, until each entry is delivered or refused on its own.
 
@@ -20,6 +21,8 @@ def deliver_apart(
         send: delivers some of them. Errors other than refusals pass through: what was delivered by
             then may be delivered again.
         refusals: what counts as a refusal of the content.
+        is_sure: asked of an entry that was refused on its own, before what follows it is sent;
+            False: it has been delivered after all.
     Returns: the refused entries, each with MLflow's own reason; all others are delivered.
     """
     guilty: list[Objection] = []
@@ -31,7 +34,9 @@ def deliver_apart(
         except refusals as refusal:
             if len(part) == 1:
                 is_refusal = isinstance(refusal, Permanent)
-                guilty.append(Objection(part[0], str(refusal), refusal.error_code, is_refusal))
+                objection = Objection(part[0], str(refusal), refusal.error_code, is_refusal)
+                if is_sure(objection):
+                    guilty.append(objection)
             else:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]

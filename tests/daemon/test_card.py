@@ -6,7 +6,7 @@ import errno
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlflow_relay.errors import FormatError, VersionError
@@ -53,6 +53,7 @@ CARDS = st.builds(
 )
 
 
+@settings(deadline=None)  # a busy machine is no finding
 @given(card=CARDS)
 def test_a_card_comes_back(card):
     found = cards.unpack(cards.pack(card))
@@ -123,6 +124,30 @@ def test_any_json_is_a_card_or_a_format_error(value, name, version):
 def test_brackets_without_end_are_a_format_error():
     with pytest.raises(FormatError):
         cards.unpack(b"[" * 200_000)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"start_ms": "yesterday"},
+        {"start_ms": 1 << 64},
+        {"run_name": None},
+        {"run_name": "\ud800"},
+        {"tags": {"team": 1}},
+        {"held": [["tag", "from"]]},
+        {"held": "none"},
+        {"parent": {"asked": 1}},
+        {"sessions": {"no hex digits": vars(SessionCard(0, "", 1, True, 0))}},
+        {"sessions": {SESSION.hex(): {**vars(SessionCard(0, "", 1, True, 0)), "next_seq": "5"}}},
+    ],
+)
+def test_a_card_that_was_mended_badly_by_hand_is_a_format_error(change):
+    values = json.loads(cards.pack(new_card()))
+    del values["crc"]
+    assert cards.unpack(json.dumps(values).encode()) == new_card()
+
+    with pytest.raises(FormatError):
+        cards.unpack(json.dumps({**values, **change}).encode())
 
 
 def test_a_card_of_a_later_release_is_told_from_damage():

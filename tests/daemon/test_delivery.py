@@ -502,6 +502,35 @@ def test_a_server_that_stumbles_over_everything_makes_no_dead_letters(life, sink
     assert life.letters.count == 0
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+def test_a_server_that_stumbles_by_chance_makes_no_dead_letters(life, sink, share):
+    """Two or four servers behind one address, of which one is well: nobody's data are guilty."""
+    life.work()
+    rng = random.Random(new_seed())
+
+    def stumble(name: str, number: int) -> None:
+        if name == "log_batch" and rng.random() < share:
+            raise TryAgain("500 of a balancer")
+
+    arrived: dict[int, None] = {}
+
+    def note(entry: Entry) -> None:
+        if entry.step is not None:
+            arrived.setdefault(entry.step)
+
+    sink.before, sink.objects_to = stumble, note
+    for first in range(0, 1000, 5):
+        life.append(frame_of_metrics(first, 5))
+        for _ in range(1000):
+            if not life.run.waiting_records():
+                break
+            life.work()
+
+    assert life.letters.count == 0
+    assert points_in(sink.only_run()) == points_of(*range(1000))
+    assert list(arrived) == list(range(1000)), "in order, too"
+
+
 def test_a_refusal_and_a_stumble_in_one_batch_hold_up_nobody_for_ever(life, sink):
     """The one is found by halving; the other breaks the halving off, each time anew."""
 

@@ -8,7 +8,9 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from zlib import crc32
 
+import msgpack
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -104,6 +106,17 @@ def test_random_bytes_are_no_head(tmp_path, data):
         path.write_bytes(tried)
         with opened(path) as fd, pytest.raises(FormatError):
             read_head(fd)
+
+
+@pytest.mark.parametrize(
+    "head", [(0, 6, b""), (0, {b"s": 1}, b""), ("0", {}, b""), (0, {}, None), (0, {}), 5]
+)
+def test_a_head_of_wrong_types_is_a_format_error(tmp_path, head):
+    body = msgpack.packb(head)
+    file = tmp_path / "head"
+    file.write_bytes(segment._HEAD.pack(b"MRS", 1, len(body), crc32(body)) + body)
+    with file.open("rb") as opened, pytest.raises(FormatError):
+        segment.read_head(opened.fileno())
 
 
 def test_a_segment_of_a_later_release_is_told_from_damage(tmp_path):

@@ -40,6 +40,7 @@ class Node:
         tracking_uri: where the daemon delivers to.
         settings: further settings of the daemon by name, such as {"batch_age_s": 0.05}.
         spool, runtime: other places than usual for the spool and for socket and journals.
+        within: a command that runs the daemon, such as one that enters a namespace.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Node:
         settings: dict[str, object] | None = None,
         spool: Path | None = None,
         runtime: Path | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self._within = within
         self.spool = spool or folder / "spool"
         # A unix socket's path is short, pytest's folders are not.
         self._own_runtime = runtime is None
@@ -93,7 +96,7 @@ class Node:
         """Start the daemon; return when it answers."""
         with self.log.open("ab") as log:
             self.daemon = subprocess.Popen(
-                [sys.executable, "-m", "mlflow_relay_daemon", "daemon"],
+                [*self._within, sys.executable, "-m", "mlflow_relay_daemon", "daemon"],
                 env=self._daemon_environ,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

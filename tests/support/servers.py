@@ -104,6 +104,14 @@ class MlflowServer:
         if self.port:
             self._wait_until_refused()
 
+    def freeze(self) -> None:
+        """SIGSTOP: connections are accepted by the kernel, and nobody answers."""
+        self._signal_all(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """SIGCONT."""
+        self._signal_all(signal.SIGCONT)
+
     def restart(self) -> None:
         """Stop and start again: the same port, the same database."""
         self.stop()
@@ -203,10 +211,14 @@ class MlflowServer:
         """Signal the whole group of our process and wait for the process to end."""
         if self._process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)  # its group has its id: start_new_session
+        self._signal_all(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
+
+    def _signal_all(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)  # its group has its id: start_new_session
 
     def _log_end(self) -> str:
         """Return what the present process has logged, the last 4000 characters of it."""

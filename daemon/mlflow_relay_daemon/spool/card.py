@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 from zlib import crc32
 
 import orjson
@@ -16,6 +18,7 @@ from mlflow_relay_daemon.states import RunState
 
 NAME = "card.json"
 VERSION = 1
+_SESSION = re.compile(r"[0-9a-f]{32}")
 #: The run key of a run that was made over HTTP begins so.
 OWN_KEY = "api/"
 
@@ -182,9 +185,38 @@ def unpack(data: bytes) -> Card:
             name: SessionCard(**_known(SessionCard, each))
             for name, each in values["sessions"].items()
         }
+        _check(card)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise FormatError(f"the run card is damaged: {error}") from error
     return card
+
+
+def _check(card: Card) -> None:
+    """Raises: FormatError, TypeError: somebody mended the card by hand, and not well."""
+    links = [each for each in (card.parent, card.fork) if each is not None]
+    parts: list[Card | Link | SessionCard] = [card, *links, *card.sessions.values()]
+    for each in parts:
+        for name, kinds in _KINDS[type(each)].items():
+            if type(getattr(each, name)) not in kinds:
+                raise FormatError(f"the run card is damaged: {name} is {getattr(each, name)!r}")
+    if not all(_SESSION.fullmatch(name) for name in card.sessions):
+        raise FormatError("the run card is damaged: a session is not 32 hex digits")
+    if not all(len(text) == 3 and set(map(type, text)) == {str} for text in card.held):
+        raise FormatError("the run card is damaged: held is not kind, key and value")
+    if set(map(type, card.tags.values())) - {str}:
+        raise FormatError("the run card is damaged: a tag is no text")
+    orjson.dumps(card)  # numbers of 64 bits, whole characters: it can be written again
+
+
+def _kinds(of: type) -> dict[str, tuple[type, ...]]:
+    """Return the types that each field of a dataclass may have."""
+    return {
+        name: get_args(hint) if isinstance(hint, UnionType) else (get_origin(hint) or hint,)
+        for name, hint in get_type_hints(of).items()
+    }
+
+
+_KINDS = {kind: _kinds(kind) for kind in (Card, Link, SessionCard)}
 
 
 def _crc(values: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ import msgpack
 from mlflow_relay import frames
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.sequences import Sequences
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +84,13 @@ def read_head(fd: int) -> tuple[Head, int]:
     if len(body) != length or crc32(body) != crc:
         raise FormatError("the head of the segment is damaged")
     try:
-        return Head(*msgpack.unpackb(body, strict_map_key=False)), _HEAD.size + length
-    except (ValueError, TypeError) as error:
+        head = Head(*msgpack.unpackb(body, strict_map_key=False))
+        Sequences(head.sequences)
+    except (ValueError, TypeError, AttributeError) as error:
         raise FormatError(f"the head of the segment is damaged: {error}") from error
+    if (type(head.accepted_records), type(head.card)) != (int, bytes):
+        raise FormatError("the head of the segment is damaged: a field of a wrong type")
+    return head, _HEAD.size + length
 
 
 def first_frame(fd: int, end: int) -> int:

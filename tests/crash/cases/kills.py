@@ -64,7 +64,7 @@ def run(job: Job) -> Outcome:
                 _play(f"round {rounds}", node, server, rng, watched, is_steady=is_steady)
             except (AssertionError, OSError, sqlite3.Error) as error:
                 outcome.found(f"round {job.seed}/{rounds}: {error}")
-                _make_whole(node, server)
+                make_whole(node, server)
             rounds += 1
         assert node.stop() == 0, "the daemon left something behind"
     outcome.count = sum(watched.kills.values())
@@ -116,7 +116,7 @@ def _play(
     for rank in ranks:
         rank.end()
     healed_s = time.monotonic()
-    _wait_until_over(node, key, ranks)
+    wait_until_over(node, key, ranks)
     watched.longest_drain_s = max(watched.longest_drain_s, time.monotonic() - healed_s)
     lives = [life for rank in ranks for life in rank.lives]
     watched.longest_call_ns = max(watched.longest_call_ns, *(life.longest_ns for life in lives))
@@ -127,7 +127,7 @@ def _play(
         watched.samples.append((time.monotonic(), *_size(node)))
 
 
-def _wait_until_over(node: Node, key: str, ranks: list[Rank]) -> None:
+def wait_until_over(node: Node, key: str, ranks: list[Rank]) -> None:
     """Wait for the end of the run; nothing may be left behind."""
     from tests.support.jobs import status_when
 
@@ -183,7 +183,7 @@ def _rows(server: MlflowServer) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{server.database}?mode=ro", uri=True, timeout=30.0)
 
 
-def _make_whole(node: Node, server: MlflowServer) -> None:
+def make_whole(node: Node, server: MlflowServer) -> None:
     """After a finding: no rank lives on, daemon and server are there for the next round."""
     for process in node.ranks:
         if process.poll() is None:

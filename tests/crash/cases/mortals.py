@@ -18,7 +18,8 @@ _SCRIPT = """
 import mmap, os, sys, time
 import mlflow_relay
 
-path, key, rank, world_size, step = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+path, key, rank, world_size, step = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+pause_s = float(sys.argv[6])
 with open(path, "r+b") as file:
     shared = mmap.mmap(file.fileno(), 32)
 words = memoryview(shared).cast("Q")
@@ -32,7 +33,7 @@ while not words[2]:
     words[0] = step
     words[1] = max(words[1], took_ns)
     if step % 100:
-        time.sleep(0.004)
+        time.sleep(pause_s)
 run.end()
 """
 
@@ -40,7 +41,9 @@ run.end()
 class Life:
     """One process of a rank."""
 
-    def __init__(self, node: Node, key: str, rank: int, world_size: int, first: int) -> None:
+    def __init__(
+        self, node: Node, key: str, rank: int, world_size: int, first: int, pause_s: float
+    ) -> None:
         self.first, self._rank = first, rank
         self.prefix = f"rank_{rank}/" if rank else ""
         self.key = f"{self.prefix}m0"
@@ -53,7 +56,7 @@ class Life:
             self._words = memoryview(self._shared).cast("Q")
             self._node = node
             self.process: subprocess.Popen[str] = node.rank(
-                _SCRIPT, file.name, key, rank, world_size, first
+                _SCRIPT, file.name, key, rank, world_size, first, pause_s
             )
             self._wait_until_it_has_the_counter(file.name)
 
@@ -99,10 +102,12 @@ class Life:
 
 
 class Rank:
-    """One rank through its lives."""
+    """One rank through its lives; of a hundred log calls each is followed by a pause, but one."""
 
-    def __init__(self, node: Node, key: str, number: int, world_size: int) -> None:
-        self._make = lambda first: Life(node, key, number, world_size, first)
+    def __init__(
+        self, node: Node, key: str, number: int, world_size: int, pause_s: float = 0.004
+    ) -> None:
+        self._make = lambda first: Life(node, key, number, world_size, first, pause_s)
         self.lives = [self._make(0)]
         self._lives_now = True
 
@@ -125,6 +130,7 @@ class Rank:
     def end(self) -> None:
         if self._lives_now:
             self.lives[-1].end(kill=False)
+            self._lives_now = False
 
     def word(self) -> str:
         """Return how its part of the run ended, as far as can be told from outside."""
