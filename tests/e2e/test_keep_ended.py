@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import MlflowServer
 from tests.support.relay import Node, finish, wait_until
+from tests.support.rest import Api
 from tests.support.scenes import fresh_name, stored
 
 RANK = """
@@ -116,3 +117,28 @@ def test_a_run_that_resumes_a_removed_one_is_its_child(node, mlflow_server):
     wait_until(lambda: is_gone(node, second.run_id), "the child is removed")
     tags = mlflow_server.client().get_run(child_id).data.tags
     assert tags["mlflow.parentRunId"] == parent_id
+
+
+def test_an_id_that_a_client_was_given_is_good_for_ever(node, mlflow_server):
+    def begin_anew(**settings: object) -> Api:
+        node.stop()
+        for name, value in settings.items():
+            node._daemon_environ["MLFLOW_RELAY_" + name.upper()] = str(value)
+        node.start()
+        return Api(f"http://127.0.0.1:{node.status()['daemon']['http_port']}")
+
+    relay = begin_anew(http_port=0, offline=1)  # else the client would be given the server's id
+    run_id = relay.new_run(run_name="offline")
+    point = {"run_id": run_id, "key": "loss", "value": 1.0, "timestamp": 1}
+    relay.post("runs/log-metric", **point, step=0)
+    relay.post("runs/update", run_id=run_id, status="FINISHED", end_time=9)
+    relay = begin_anew(offline=0)
+    wait_until(lambda: is_gone(node, run_id), "the run is removed")
+    mlflow_run_id = relay.run(run_id)["run_id"]
+    assert mlflow_run_id != run_id
+    relay = begin_anew()
+    relay.post("runs/log-metric", **point, step=1)
+    wait_until(lambda: len(mlflow_server.all_points(mlflow_run_id)) == 2, "the point is delivered")
+    assert relay.run(run_id)["status"] == "FINISHED"
+    found = relay.post("runs/search", experiment_ids=["0"], filter=f"run_id = '{run_id}'")["runs"]
+    assert [run["info"]["run_id"] for run in found] == [mlflow_run_id]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from mlflow_relay_daemon.api.errors import ApiError, away
 from mlflow_relay_daemon.api.experiments import Experiments
@@ -46,6 +47,18 @@ class Ids:
                 return each
         return None
 
+    def of_former_runs(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a request's fields with the server's ids of runs that have left the spool."""
+        found = dict(fields)
+        for name in ("run_id", "run_uuid"):
+            if isinstance(given := fields.get(name), str):
+                found[name] = self._former(given) or given
+        return found
+
+    def _former(self, run_id: str) -> str | None:
+        """Return the server's id of a run that has left the spool, and is not back."""
+        return None if run_id in self._runs.by_id else self._runs.spool.former.get(run_id)
+
     def count(self) -> int:
         """Return how many runs this spool has."""
         return len(self._runs.by_id)
@@ -71,7 +84,7 @@ class Ids:
     def _servers_run(self, run_id: str, wait_s: float) -> str:
         hosted = self._runs.by_id.get(run_id)
         if hosted is None:
-            return run_id
+            return self._former(run_id) or run_id
         servers_id = wait_for_id(self._runs, hosted, wait_s)
         if servers_id is None:
             raise _not_there(f"run {run_id}")

@@ -104,7 +104,8 @@ class _Doors:
 
             def work() -> Response:
                 self._guard.check(request)
-                content = orjson.dumps(answer(_fields(request, data)))
+                fields = self._tracking.ids.of_former_runs(_fields(request, data))
+                content = orjson.dumps(answer(fields))
                 return Response(content, media_type="application/json")
 
             return await run_in_threadpool(_refusals, work)

@@ -3,6 +3,7 @@
 <spool>/lock                   held while a daemon lives
 <spool>/runs/<relay run id>/   card.json, <n>.segment, watermark, dead_letters.jsonl
 <spool>/staging/               files that are to be artifacts
+<spool>/former                 the ids of runs that are no longer here
 <spool>/removed/               runs on their way out; nothing in it is ever needed again
 <spool>/quarantine/            what could not be read; nothing in it is ever needed again
 <spool>/reserve                space for the cards of runs on a full disk
@@ -23,6 +24,7 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.disk import Disk, lock_file
+from mlflow_relay_daemon.spool.former import FormerRuns
 from mlflow_relay_daemon.spool.reserve import Reserve
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.staging import QUOTA_PART, Staging
@@ -30,7 +32,7 @@ from mlflow_relay_daemon.spool.staging import QUOTA_PART, Staging
 log = logging.getLogger(__name__)
 
 RUNS, QUARANTINE, LOCK, NODE, RESERVE = "runs", "quarantine", "lock", "node", "reserve"
-REMOVED = "removed"
+REMOVED, FORMER = "removed", "former"
 #: How often a run is tried again that the disk did not let us read.
 UNREAD_EVERY_S = 10.0
 #: How often the free space is asked for; between two questions at most a few groups are written.
@@ -88,6 +90,7 @@ class Spool:
         for name in (RUNS, QUARANTINE):
             disk.make_folder(folder / name)
         shutil.rmtree(folder / REMOVED, ignore_errors=True)
+        self.former = FormerRuns(disk, folder / FORMER)
         self.reserve = Reserve(disk, folder / RESERVE)
         self.reserve.restore(self.free_bytes())
         self.quarantined = sum(1 for _ in (folder / QUARANTINE).iterdir())
@@ -130,6 +133,8 @@ class Spool:
 
         Raises: OSError: it is there as before. Crash: it is there as before, or not at all.
         """
+        if run.card.mlflow_run_id:
+            self.former.add(run.card.run_id, run.card.mlflow_run_id)
         removed = self.folder / REMOVED
         removed.mkdir(exist_ok=True)
         run.folder.rename(removed / run.folder.name)
