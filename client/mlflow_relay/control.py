@@ -8,6 +8,7 @@ from typing import Any
 
 import zmq
 
+from ._version import __version__
 from .errors import RelayError
 from .messages import CONTROL, REPLY, pack_map, unpack_map
 
@@ -53,5 +54,8 @@ def ask(path: Path, command: str) -> dict[str, Any]:
         kind, payload = dealer.recv_multipart()
     answer = unpack_map(payload)
     if kind != REPLY or not answer.get("ok"):
-        raise RelayError(f"the daemon at {path} refuses: {answer.get('error', 'no reason given')}")
+        reason = str(answer.get("error", "no reason given"))
+        if "is no command of this daemon" in reason:
+            reason += f": it is older than this client ({__version__}), restart it after the update"
+        raise RelayError(f"the daemon at {path} refuses: {reason}")
     return answer

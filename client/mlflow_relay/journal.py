@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 from collections import deque
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from threading import RLock
@@ -72,7 +73,7 @@ class _EntriesFile:
             # The page tables are filled now, in the background, and not at a log call.
             self.map = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError:
-            os.unlink(path)
+            _remove(path)
             raise
         finally:
             os.close(fd)
@@ -89,7 +90,7 @@ class _EntriesFile:
         self.words.release()
         self.map.close()
         if unlink:
-            self.path.unlink(missing_ok=True)
+            _remove(self.path)
 
 
 class Journal:
@@ -136,7 +137,10 @@ class Journal:
         try:
             self._open_base(card)
             try:
-                self._current = self._make_file()
+                self._current = self._oldest = self._make_file()
+                self._current.begin(session, 0)
+                # Only now may the daemon see it: complete, and locked.
+                os.rename(self.path.with_suffix(NEW_SUFFIX), self.path)
             except OSError:
                 self.close(unlink=True)
                 raise
@@ -145,11 +149,7 @@ class Journal:
                 f"cannot keep a journal in {folder}: {error.strerror}. "
                 "Set MLFLOW_RELAY_SOCKET to a path in a folder that has space for it"
             ) from error
-        self._current.begin(session, 0)
-        self._oldest = self._current
         self._sent_to = (self._current, ENTRIES_AT)
-        # Only now may the daemon see it: complete, and locked.
-        os.rename(self.path.with_suffix(NEW_SUFFIX), self.path)
 
     # ── the rank's threads ──
 
@@ -321,8 +321,8 @@ class Journal:
             self._close_file(self._spare, unlink=unlink)
         self._oldest = self._spare = None
         if unlink:
-            self.path.unlink(missing_ok=True)
-            self.path.with_suffix(NEW_SUFFIX).unlink(missing_ok=True)
+            _remove(self.path)
+            _remove(self.path.with_suffix(NEW_SUFFIX))
         # Last: closing the map drops the lock, for a map has a descriptor of its own.
         self._words.release()
         self._base.close()
@@ -339,7 +339,7 @@ class Journal:
             os.posix_fallocate(self._fd, 0, CARD_AT + len(card))
             self._base = mmap.mmap(self._fd, CARD_AT + len(card))
         except OSError:
-            os.unlink(new)
+            _remove(new)
             os.close(self._fd)
             raise
         self._words = memoryview(self._base)[:CARD_AT].cast("Q")
@@ -366,3 +366,9 @@ class Journal:
             return self._make_file()
         except OSError:
             return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, if it can be: what stays is removed by the daemon when the session is over."""
+    with suppress(OSError):
+        os.unlink(path)

@@ -128,6 +128,10 @@ class Watcher:
                     return
         self._vanished_are_closed = True
 
+    def expect_vanished(self) -> None:
+        """Runs have come to light whose ranks may be long gone."""
+        self._vanished_are_closed = False
+
     def in_journals(self, hosted: Hosted) -> int:
         """Return how many records the run's ranks have accepted that are not in the spool yet."""
         return sum(

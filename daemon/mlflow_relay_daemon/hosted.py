@@ -223,6 +223,13 @@ class Runs:
                 log.debug("run %s: %s", hosted.run.card.run_id, error)
         self.spool.reserve.restore(self.spool.free_bytes())
 
+    def host_unread(self, now_s: float) -> bool:
+        """Serve runs that could not be read at the start and can be now; return whether any."""
+        opened = [self._host(run) for run in self.spool.open_unread(now_s)]
+        for hosted in opened:
+            self.notify(hosted)
+        return bool(opened)
+
     def remove_ended(self, keep_s: float) -> None:
         """Remove the runs that ended so long ago, if MLflow has all of them.
 

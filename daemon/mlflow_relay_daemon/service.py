@@ -253,6 +253,8 @@ class Service:
                 self._combiner.look(self._looked_s)
             self._runs.return_space()
             self._runs.look_for_space()
+            if self._runs.host_unread(self._looked_s):
+                self._watcher.expect_vanished()
             self._tidy()
             self._look_after_files()
             say_repeats()

@@ -19,7 +19,7 @@ from mlflow_relay_daemon.retry import Breaker
 from mlflow_relay_daemon.sinks.redact import redact_uri
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool.card import Link
-from mlflow_relay_daemon.spool.disk import Disk
+from mlflow_relay_daemon.spool.disk import LookingDisk
 from mlflow_relay_daemon.spool.ledger import COUNTS, NOT_UPLOADING
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.spool.spool import QUARANTINE, RUNS
@@ -162,7 +162,7 @@ def read_spool(folder: Path) -> dict[str, Any]:
     """
     from mlflow_relay_daemon.dead_letters import DeadLetters
 
-    disk = Disk()
+    disk = LookingDisk()
     runs = []
     for path in sorted(each for each in (folder / RUNS).glob("*") if each.is_dir()):
         try:

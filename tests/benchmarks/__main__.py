@@ -20,7 +20,7 @@ from tests.benchmarks.outcome import Outcome, Target, to_json
 
 CASES = (
     *("log_call", "startup", "killed", "intake", "delivery", "footprint", "backlog", "growth"),
-    "sync",
+    *("sync", "doors"),
 )
 #: The short form: those with ratios in them.
 QUICK_CASES = ("log_call", "intake", "delivery")

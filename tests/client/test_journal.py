@@ -662,6 +662,28 @@ def test_a_journal_on_a_disk_that_others_fill_stands_by_what_it_has_allocated(ti
     assert len(salvaged(tiny_tmpfs)) == kept
 
 
+def test_a_name_that_cannot_be_had_is_a_journal_error_and_leaves_nothing(folder):
+    in_the_way = folder / f"{SESSION.hex()}.journal" / "not empty"
+    in_the_way.mkdir(parents=True)
+
+    with pytest.raises(JournalError, match="MLFLOW_RELAY_SOCKET"):
+        Journal(folder, SESSION, b"card", bytes_max=1 << 20)
+
+    assert list(folder.iterdir()) == [in_the_way.parent]
+
+
+def test_a_file_that_cannot_be_removed_keeps_nothing_from_its_end(folder):
+    """The daemon removes it when the session is over."""
+    journal = Journal(folder, SESSION, b"card", bytes_max=1 << 20)
+    (entries,) = folder.glob("*.entries")
+    entries.unlink()
+    entries.mkdir()
+
+    journal.close(unlink=True)
+
+    assert list(folder.iterdir()) == [entries]
+
+
 def test_a_folder_that_cannot_be_written_is_a_journal_error(tmp_path):
     with pytest.raises(JournalError, match="No such file"):
         Journal(tmp_path / "absent", SESSION, CARD, bytes_max=64 << 20)

@@ -14,7 +14,14 @@ CASES = {
     "states": "Crash states of the spool",
     "corruption": "Damage: every byte flipped, cut, zeroed, doubled",
     "model": "Model test: append, deliver, crash, full, damage, reload",
-    "syscalls": "SIGKILL at every system call of the write path",
+    "syscalls": "SIGKILL at every system call of the spool",
+    "daemon_syscalls": "SIGKILL at every system call by which a real daemon changes its spool",
+    "rank_syscalls": "SIGKILL at every system call of a rank",
+    "daemon_disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of a real daemon",
+    "rank_disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of a rank",
+    "disk": "EIO, ENOSPC, EDQUOT, short writes at every system call of the spool",
+    "power_loss": "Power loss of a real file system",
+    "full_disks": "Real full disks and recovery: tmpfs, ext4 on a loop device",
     "kills": "Random SIGKILLs of daemon, ranks and server under load",
     "network": "A network that fails in every way",
     "partition": "Two nodes of one run, cut off from the server and from each other",
@@ -23,12 +30,7 @@ CASES = {
     "suite": "The tests that are too long for `make test`",
 }
 #: What the issue asks for and no case here does yet.
-MISSING = (
-    "EIO, ENOSPC, EDQUOT and short writes by injection at every system call of the write path",
-    "SIGKILL at every system call of a scripted rank (a spool's life is killed so)",
-    "Power loss of a real file system (EXT4_IOC_SHUTDOWN on a loop device)",
-    "A daemon without descriptors that serves on: libzmq ends it, and the next one has all",
-)
+MISSING = ("A daemon without descriptors that serves on: libzmq ends it, and the next one has all",)
 
 _HEAD = """# Reliability
 

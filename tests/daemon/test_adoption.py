@@ -26,7 +26,7 @@ from mlflow_relay_daemon.adoption import Watcher
 from mlflow_relay_daemon.counters import Counters
 from mlflow_relay_daemon.hosted import Runs
 from mlflow_relay_daemon.lane.links import LineageParams
-from mlflow_relay_daemon.spool.spool import Spool
+from mlflow_relay_daemon.spool.spool import UNREAD_EVERY_S, Spool
 from tests.support.seeds import new_seed
 from tests.support.spools import (
     RUN_ID,
@@ -347,6 +347,30 @@ def test_many_dead_ranks_of_many_runs_are_taken_apart(node):
 
 
 # ── a disk that fails ──
+
+
+def test_dead_ranks_of_a_run_that_can_be_read_only_later_are_taken_then(node):
+    """One has left a journal; of the other, whose node lost its power, nothing is left."""
+    node.runs.attach(attachment(OTHER, rank=1))
+    kill(node.rank(records(0, 7)))
+    disk = FailingDisk()
+    disk.fail("sync", ".segment")
+    disk.fail("rename", ".segment")
+    node.look()
+    assert node.seqs() == list(range(7))
+    kill(node.rank(records(0, 9), b"journal of a rank"[:16], rank=2))
+    node.start(disk)
+    assert node.look() == []
+    assert node.runs.by_id == {}
+
+    assert node.runs.host_unread(time.monotonic() + UNREAD_EVERY_S)
+    node.watcher.expect_vanished()
+    node.look()
+
+    assert node.seqs() == list(range(7))
+    assert node.seqs(b"journal of a rank"[:16]) == list(range(9))
+    assert node.runs.by_id[RUN_ID].run.card.sessions[OTHER.hex()].closed
+    assert node.left() == []
 
 
 @pytest.mark.parametrize("operation", ["write", "sync", "create", "sync_folder"])

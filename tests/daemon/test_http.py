@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,10 +14,11 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mlflow_relay_daemon.api import peers
 from mlflow_relay_daemon.api.page import PAGE, content_security_policy
-from mlflow_relay_daemon.api.peers import connection_uid
+from mlflow_relay_daemon.api.peers import connection_uid, diag_uid, table_uid
 from tests.support.relay import Node, finish, wait_until
-from tests.support.users import ALICE, skip_unless_root
+from tests.support.users import ALICE, MALLORY, skip_unless_root
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +185,8 @@ def test_another_user_of_the_node_sees_health_and_sums_and_no_run(node):
     assert get(node, "/relay/status")[1].count("secret-name") >= 1
 
 
-def test_a_connection_is_known_by_its_owner_and_one_that_is_closed_is_nobodys():
+@pytest.mark.parametrize("uid_of", [connection_uid, diag_uid, table_uid])
+def test_a_connection_is_known_by_its_owner_and_one_that_is_closed_is_nobodys(uid_of):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -192,9 +195,41 @@ def test_a_connection_is_known_by_its_owner_and_one_that_is_closed_is_nobodys():
         name = client.getsockname()
         served, _ = listener.accept()
         with served:
-            assert connection_uid(name, here) == os.getuid()
+            assert uid_of(name, here) == os.getuid()
             client.close()
-            assert connection_uid(name, here) is None, "not root's"
+            assert uid_of(name, here) is None, "not root's"
+
+
+@pytest.mark.parametrize("uid_of", [diag_uid, table_uid])
+def test_a_connection_of_another_user_is_his(uid_of):
+    skip_unless_root()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        here = listener.getsockname()
+        other = MALLORY.start(
+            *("/bin/bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{here[1]}; read"), environ={}
+        )
+        try:
+            served, name = listener.accept()
+            with served:
+                assert uid_of(name, here) == MALLORY.uid
+        finally:
+            other.kill()
+            other.communicate()
+
+
+def test_where_netlink_is_not_allowed_the_table_is_read(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(peers, "diag_uid", refuse)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with socket.create_connection(listener.getsockname()) as client:
+            found = connection_uid(client.getsockname(), listener.getsockname())
+            assert found == os.getuid()
 
 
 def test_the_port_costs_nothing_where_it_is_not_wanted(tmp_path):

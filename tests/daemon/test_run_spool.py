@@ -540,6 +540,35 @@ def test_frames_out_of_order_after_a_failed_fsync_and_a_crash_are_all_delivered(
     assert sorted(set(seqs_in(open_run()))) == list(range(25))
 
 
+def test_what_a_start_cannot_sync_is_written_anew_before_anybody_is_told_of_it(
+    open_run, disk, tmp_path
+):
+    """A daemon is killed between write and fsync, and the fsync of the next one fails: the kernel
+    has dropped the pages, and a second fsync would return 0."""
+    append(open_run(), 0)
+    path = segment.path_of(tmp_path, 1)
+    before = path.stat().st_ino
+    disk.fail("sync", ".segment")
+
+    run = open_run()
+
+    assert run.next_seq(SESSION) == 5
+    assert path.stat().st_ino != before
+    assert ("sync", "0000000001.segment.new", None) in disk.asked
+    assert seqs_in(run) == list(range(5))
+
+
+def test_what_can_be_neither_synced_nor_written_anew_is_not_opened(open_run, disk, tmp_path):
+    append(open_run(), 0)
+    disk.fail("sync", ".segment")
+    disk.fail("rename", ".segment", errno.ENOSPC)
+
+    with pytest.raises(OSError, match="No space"):
+        open_run()
+
+    assert seqs_in(open_run()) == list(range(5))
+
+
 def test_a_run_may_be_opened_and_closed_a_thousand_times_without_a_trace(open_run, tmp_path):
     run = open_run()
     append(run, 0)

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.run_spool import RunSpool
-from mlflow_relay_daemon.spool.spool import RunLeftAlone, Spool, SpoolTaken
+from mlflow_relay_daemon.spool.spool import UNREAD_EVERY_S, RunLeftAlone, Spool, SpoolTaken
+from mlflow_relay_daemon.status import read_spool
 from tests.support.spools import RUN_ID, SESSION, FailingDisk, frame_of_metrics, new_card, seqs_in
 
 OTHER_RUN = "f" * 32
@@ -336,6 +338,43 @@ def test_a_folder_that_cannot_be_read_is_left_alone(open_spool):
     assert spool.runs == {}
     with pytest.raises(RunLeftAlone):
         spool.open_run(new_card())
+
+
+def test_a_run_is_opened_when_the_disk_lets_it_be_read(open_spool, disk):
+    """Its fsync fails at the start, and so does the new file: no later fsync is believed."""
+    run_with_frames(open_spool(), frames=1)
+    disk.fail("sync", ".segment")
+    disk.fail("rename", ".segment", times=2)
+    spool = open_spool()
+    now_s = time.monotonic()
+    assert spool.open_unread(now_s) == []  # not so soon
+    assert spool.open_unread(now_s + UNREAD_EVERY_S) == []
+    with pytest.raises(RunLeftAlone):
+        spool.open_run(new_card())
+    before = segment.path_of(folder_of(spool), 1).stat().st_ino
+
+    (run,) = spool.open_unread(now_s + 2 * UNREAD_EVERY_S)
+
+    assert spool.open_run(new_card()) is run
+    assert seqs_in(run) == list(range(5))
+    assert segment.path_of(run.folder, 1).stat().st_ino != before
+    assert spool.open_unread(now_s + 3 * UNREAD_EVERY_S) == []
+
+
+def test_who_only_looks_at_a_spool_syncs_and_changes_nothing(open_spool, monkeypatch):
+    """`status` without a daemon: perhaps there is one, and it is only slow to answer."""
+    spool = open_spool()
+    run_with_frames(spool)
+    before = {path: path.stat().st_ino for path in folder_of(spool).iterdir()}
+
+    def fdatasync(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    (run,) = read_spool(spool.folder)["runs"]
+
+    assert run["accepted_records"] == 200
+    assert {path: path.stat().st_ino for path in folder_of(spool).iterdir()} == before
 
 
 def test_a_quarantine_on_a_full_disk_stops_nobody(open_spool, monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 
 from tests.support import MlflowServer, TcpProxy
 from tests.support.browser import Chromium, find_chromium
+from tests.support.proxy import answer
 from tests.support.relay import Node, wait_until
 from tests.support.servers import free_port
 
@@ -324,6 +325,63 @@ def test_every_point_that_was_answered_before_a_kill_is_delivered_once(mlflow_se
         assert len(set(steps) - set(answered)) <= 4, "more than what was on its way"
 
 
+#: A disk of which the kernel says EIO for a segment, as long as a file says so: neither is what was
+#: written synced, nor can it be taken back. Python imports it before the daemon.
+FAILING_DISK = """
+import errno, os
+real = {name: getattr(os, name) for name in ("fdatasync", "ftruncate")}
+
+def failing(name):
+    def call(fd, *arguments):
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if path.endswith(".segment") and os.path.exists(os.environ["FAILING_WHILE"]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real[name](fd, *arguments)
+    return call
+
+for name in real:
+    setattr(os, name, failing(name))
+"""
+
+
+def test_what_is_answered_after_a_write_that_failed_outlives_the_daemon(mlflow_server, tmp_path):
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(FAILING_DISK)
+    trouble, port = tmp_path / "trouble", free_port()
+    with (
+        TcpProxy(mlflow_server.uri) as proxy,
+        Node(tmp_path, proxy.uri, settings={"http_port": port}) as node,
+    ):
+        node._daemon_environ |= {
+            "PYTHONPATH": str(tmp_path / "path"),
+            "FAILING_WHILE": str(trouble),
+        }
+        node.start()
+        relay = Api(f"http://127.0.0.1:{port}")
+        run_id = relay.new_run()
+        proxy.refuse()
+
+        def log(step: int) -> int:
+            point = {"key": "m", "value": step, "timestamp": T0_MS, "step": step}
+            path = "/api/2.0/mlflow/runs/log-metric"
+            return relay.ask("POST", path, {"run_id": run_id, **point})[0]
+
+        assert log(0) == 200
+        trouble.touch()
+        assert log(1) == 503
+        trouble.unlink()
+        assert [log(2), log(3)] == [200, 200]
+        node.kill()
+        node.start()
+        proxy.heal()
+        relay.post("runs/update", run_id=run_id, status="FINISHED", end_time=T0_MS + 1)
+        run = node.wait_until_ended()
+
+        steps = {step for *_, step in mlflow_server.all_points(run["mlflow_run_id"])}
+        assert {0, 2, 3} <= steps <= {0, 1, 2, 3}
+        assert (run["status"], run["damaged_records"]) == ("FINISHED", 0)
+
+
 def test_sixty_four_clients_at_once_are_all_answered(relay, node):
     run_ids = [relay.new_run() for _ in range(4)]
 
@@ -429,6 +487,87 @@ def test_files_that_are_uploaded_while_the_server_is_away_arrive_later(
         for path, data in files.items():
             found = client.download_artifacts(servers_id, path, str(folder))
             assert Path(found).read_bytes() == data
+
+
+def test_files_that_wait_are_listed_and_read_and_the_later_of_a_name_stands(
+    relay, node, proxy, mlflow_server
+):
+    known = relay.new_run()
+
+    def put(run_id: str, path: str, data: bytes) -> None:
+        address = f"/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/{path}"
+        assert relay.ask("PUT", address, data, {"Content-Type": "text/plain"})[0] == 200
+
+    def read(run_id: str, path: str) -> Any:
+        return relay.ask("GET", f"/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/{path}")
+
+    def names(run_id: str, folder: str = "") -> list[str]:
+        found = relay.get("artifacts/list", f"run_id={run_id}&path={folder}")["files"]
+        query = f"path=0/{run_id}/artifacts/{folder}".rstrip("/")
+        status, listed = relay.ask("GET", f"/api/2.0/mlflow-artifacts/artifacts?{query}")
+        assert status == 200, listed
+        assert [each["path"].rpartition("/")[2] for each in found] == [
+            each["path"] for each in listed["files"]
+        ]
+        return [each["path"] + "/" * each["is_dir"] for each in found]
+
+    put(known, "before.txt", b"at the server")
+    wait_until(lambda: relay.run(known)["artifact_uri"], "the run is there")
+    proxy.refuse()
+    new = relay.new_run()
+    assert names(new) == []
+    for run_id in (known, new):
+        put(run_id, "sub/a.txt", b"first")
+        put(run_id, "sub/a.txt", b"second")
+        put(run_id, "b.txt", b"of b")
+        assert read(run_id, "sub/a.txt") == (200, b"second")
+        asked_by_ui = f"/ajax-api/2.0/mlflow/get-artifact?path=sub%2Fa.txt&run_uuid={run_id}"
+        assert relay.ask("GET", asked_by_ui) == (200, b"second")
+    assert names(new) == ["b.txt", "sub/"]
+    assert names(new, "sub") == ["sub/a.txt"]
+    # Half a list would be believed: code that misses a file in it writes that file anew.
+    status, said = relay.ask("GET", f"/api/2.0/mlflow/artifacts/list?run_id={known}")
+    assert (status, said["error_code"]) == (424, "TEMPORARILY_UNAVAILABLE")
+    assert read(known, "before.txt")[0] == 424
+
+    proxy.heal()
+    put(known, "b.txt", b"the last")  # while an earlier one may still wait
+    wait_until(lambda: not waiting_files(node), "all files are there")
+    for run_id, last in ((known, b"the last"), (new, b"of b")):
+        before = ["before.txt"] if run_id == known else []
+        assert names(run_id) == ["b.txt", *before, "sub/"]
+        assert read(run_id, "b.txt") == (200, last)
+        assert read(run_id, "sub/a.txt") == (200, b"second")
+
+
+def test_while_the_store_is_away_a_list_is_the_servers_with_what_waits(
+    relay, node, proxy, mlflow_server
+):
+    """The server answers; only uploads fail."""
+    run_id = relay.new_run()
+    address = f"/api/2.0/mlflow-artifacts/artifacts/0/{run_id}/artifacts/"
+    kind = {"Content-Type": "text/plain"}
+    assert relay.ask("PUT", address + "there.txt", b"1", kind)[0] == 200
+    proxy.fail(answer(503), on=b"PUT /api/2.0/mlflow-artifacts/")
+    proxy.refuse()
+    assert relay.ask("PUT", address + "waits.txt", b"first", kind)[0] == 200
+    proxy._listen()
+
+    def listed() -> list[str]:
+        status, found = relay.ask("GET", f"/api/2.0/mlflow/artifacts/list?run_id={run_id}")
+        return [each["path"] for each in found["files"]] if status == 200 else []
+
+    wait_until(lambda: listed() == ["there.txt", "waits.txt"], "both are listed")
+    assert relay.ask("PUT", address + "waits.txt", b"second", kind) == (200, {})
+    assert relay.ask("GET", address + "waits.txt") == (200, b"second")
+    proxy.heal()
+    wait_until(lambda: not waiting_files(node), "all files are there")
+    found = mlflow_server.client().download_artifacts(run_id, "waits.txt", str(node.folder))
+    assert Path(found).read_bytes() == b"second"
+
+
+def waiting_files(node: Node) -> int:
+    return sum(run["artifacts"]["waiting"] for run in node.status()["runs"])
 
 
 def test_curl_logs_and_reads(relay):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import signal
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -105,7 +107,9 @@ def test_what_a_killed_training_logged_arrives_and_its_run_has_failed(node, mlfl
     )
 
 
-def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlflow_server):
+def test_with_the_server_away_a_training_begins_reads_and_ends(
+    node, proxy, mlflow_server, tmp_path
+):
     proxy.refuse()
     rank = node.rank(
         """
@@ -116,6 +120,8 @@ def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlfl
             for step in range(50):
                 mlflow.log_metric("loss", step, step=step)
             mlflow.set_tag("t", 1)
+            for row in (1, 2):  # the second time it reads what the first has written
+                mlflow.log_table({"row": [row]}, "table.json")
             seen = mlflow.get_run(run.info.run_id)
             history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss")
             with mlflow.start_run(nested=True, run_name="inner"):
@@ -140,6 +146,9 @@ def test_with_the_server_away_a_training_begins_reads_and_ends(node, proxy, mlfl
     assert lonely.info.status == "FINISHED"
     assert runs["inner"].data.tags["mlflow.parentRunId"] == lonely.info.run_id
     assert len(mlflow_server.all_points(lonely.info.run_id)) == 50
+    wait_until(lambda: not node.run(run_id)["artifacts"]["waiting"], "the table is there")
+    table = client.download_artifacts(lonely.info.run_id, "table.json", str(tmp_path))
+    assert json.loads(Path(table).read_text())["data"] == [[1], [2]]
 
 
 def test_a_daemon_that_dies_in_the_middle_stops_no_training(mlflow_server, tmp_path):
@@ -242,14 +251,46 @@ def test_an_address_that_cannot_be_read_is_refused_in_words(uri, said):
         RelayStore(uri)
 
 
-def test_a_daemon_of_another_version_is_told_apart(node, monkeypatch):
+#: Python imports it before the daemon, and makes it another release.
+OTHER_RELEASE = {
+    "newer": """
+import mlflow_relay_daemon.control as control
+control.API_VERSION, control.__version__ = 2, "9.0.0"
+""",
+    "older": """
+import mlflow_relay._version as own
+own.__version__ = "0.0.1"
+from mlflow_relay_daemon.control import Control
+answer = Control.answer
+def without_door(self, peer, payload, uid=None):
+    return answer(self, peer, payload.replace(b"door", b"d00r"), uid)
+Control.answer = without_door
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        ("newer", r"its daemon \(9\.0\.0\) do not understand each other: update the older one"),
+        (
+            "older",
+            r"no command of this daemon \(0\.0\.1\): it is older than this client .*, restart",
+        ),
+    ],
+)
+def test_a_daemon_of_another_release_is_told_apart(
+    release, said, mlflow_server, tmp_path, monkeypatch
+):
     from mlflow.exceptions import MlflowException
 
-    from mlflow_relay import mlflow_door
     from mlflow_relay.mlflow_store import RelayStore
 
     monkeypatch.setenv("NO_PROXY", os.environ.get("NO_PROXY", "127.0.0.1"))
-    monkeypatch.setattr(mlflow_door, "API_VERSION", 2)
-    store = RelayStore(f"relay://{node.socket}")
-    with pytest.raises(MlflowException, match="update the older one"):
-        store.get_experiment("0")
+    (tmp_path / "sitecustomize.py").write_text(OTHER_RELEASE[release])
+    with Node(tmp_path / "node", mlflow_server.uri) as node:
+        node._daemon_environ["PYTHONPATH"] = str(tmp_path)
+        node.start()
+        store = RelayStore(f"relay://{node.socket}")
+        with pytest.raises(MlflowException, match=said):
+            store.get_experiment("0")

@@ -6,7 +6,6 @@ They go the way of a rank's artifacts: a file in the staging folder, fsynced, an
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from typing import IO
 
@@ -18,17 +17,6 @@ from mlflow_relay_daemon.api.errors import invalid, kept
 from mlflow_relay_daemon.api.writer import Writer
 from mlflow_relay_daemon.hosted import Hosted
 from mlflow_relay_daemon.spool.spool import Spool
-
-#: PUT, of MLflow's artifact proxy; the run may go by any of its ids.
-_PUT = re.compile(
-    r"/(?:ajax-)?api/2\.0/mlflow-artifacts/artifacts/[^/]+/([0-9a-f]{32})/artifacts/(.+)"
-)
-
-
-def named(path: str) -> tuple[str, str] | None:
-    """Return run id and path in it that an upload's address names; None: it is none of a run's."""
-    found = _PUT.fullmatch(path)
-    return (found[1], found[2]) if found else None
 
 
 class Files:

@@ -46,6 +46,10 @@ class Ids:
                 return each
         return None
 
+    def count(self) -> int:
+        """Return how many runs this spool has."""
+        return len(self._runs.by_id)
+
     def translated(self, text: str, *, wait_s: float) -> str:
         """Return an address or a body with the server's ids in the place of ours.
 

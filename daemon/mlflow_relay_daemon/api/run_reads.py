@@ -77,6 +77,8 @@ class RunReads:
     def view(self, hosted: Hosted) -> View:
         """Return what the spool knows of a run; to be refreshed before use."""
         with self._lock:
+            if len(self._views) > self._ids.count():  # some are of runs that have left the spool
+                self._views = {k: v for k, v in self._views.items() if self._ids.find(k)}
             return self._views.setdefault(hosted.run.card.run_id, View(hosted.run))
 
     def _from_server(self, name: str, fields: Json, what: str) -> Json:

@@ -37,7 +37,7 @@ class Tracking:
         self._runs = runs
         experiments = ExperimentAnswers(upstream, known)
         self.ids = Ids(runs, known, experiments.bring_about)
-        reads = RunReads(self.ids, upstream, known)
+        self.run_reads = reads = RunReads(self.ids, upstream, known)
         places = Places(self.ids, writer, upstream)
         writes = RunWrites(runs, places, reads, experiments)
         self.writes: dict[str, Answer] = {

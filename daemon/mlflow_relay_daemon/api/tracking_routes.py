@@ -24,6 +24,7 @@ from mlflow_relay_daemon.api.guard import Guard
 from mlflow_relay_daemon.api.run_writes import CREATE_WAIT_S
 from mlflow_relay_daemon.api.tracking import Tracking
 from mlflow_relay_daemon.api.upstream import Upstream, unanswered
+from mlflow_relay_daemon.api.waiting_files import WaitingFiles, named
 from mlflow_relay_daemon.api.writer import Writer
 from mlflow_relay_daemon.sinks import ServerAway
 from mlflow_relay_daemon.sinks.redact import redact_uri
@@ -57,7 +58,8 @@ def routes(service: Service, guard: Guard) -> list[BaseRoute]:
     experiments = Experiments(spool.disk, spool.folder, redact_uri(config.tracking_uri))
     writer = Writer(service.runs, service.in_loop)
     tracking = Tracking(service.runs, writer, upstream, experiments)
-    doors = _Doors(tracking, upstream, guard, files.Files(spool, writer))
+    waiting = WaitingFiles(tracking.ids, tracking.run_reads, spool.staging.folder)
+    doors = _Doors(tracking, upstream, guard, files.Files(spool, writer), waiting)
     return [
         Route("/health", _health),
         Route("/version", doors.version),
@@ -84,10 +86,15 @@ class _Doors:
     """HTTP on one side, `Tracking` and the server on the other."""
 
     def __init__(
-        self, tracking: Tracking, upstream: Upstream, guard: Guard, kept_files: files.Files
+        self,
+        tracking: Tracking,
+        upstream: Upstream,
+        guard: Guard,
+        kept_files: files.Files,
+        waiting: WaitingFiles,
     ) -> None:
         self._tracking, self._upstream, self._guard = tracking, upstream, guard
-        self._files = kept_files
+        self._files, self._waiting = kept_files, waiting
 
     def answering(self, answer: Callable[[Body], dict[str, Any]]) -> Answering:
         """Return the handler of one request of the API."""
@@ -131,16 +138,51 @@ class _Doors:
 
     def _pass_on(self, request: Request, body: IO[bytes], size: int) -> Response:
         self._guard.check(request)
+        path = request.url.path
+        if request.method == "GET":
+            here = self._of_waiting_files(request)
+            if here is not None:
+                return here
+        # A file must not come to the server before an earlier one of its name.
+        elif request.method == "PUT" and self._waiting.waits(path):
+            return self._keep(path, body)
         try:
             return self._ask_server(request, body, size)
         except ApiError as error:
             # The server cannot be asked, or does not know the run yet: a file can wait.
-            place = files.named(request.url.path) if request.method == "PUT" else None
-            hosted = place and self._tracking.ids.find(place[0])
-            if error.error_code != "TEMPORARILY_UNAVAILABLE" or not (place and hosted):
+            is_away = error.error_code == "TEMPORARILY_UNAVAILABLE"
+            place = named(path) if request.method == "PUT" and is_away else None
+            if place is None or self._tracking.ids.find(place[0]) is None:
                 raise
-            self._files.keep(hosted, place[1], body)
-            return JSONResponse({})
+            return self._keep(path, body)
+
+    def _keep(self, path: str, body: IO[bytes]) -> Response:
+        run_id, name = named(path) or ("", "")
+        hosted = self._tracking.ids.find(run_id)
+        assert hosted is not None  # it was found a moment ago
+        self._files.keep(hosted, name, body)
+        return JSONResponse({})
+
+    def _of_waiting_files(self, request: Request) -> Response | None:
+        """Return the answer about files that wait here; None: it is the server's alone."""
+        found = self._waiting.open(request.url.path, request.query_params)
+        if found is not None:
+            size, pieces = found
+            return StreamingResponse(
+                iterate_in_threadpool(pieces),
+                media_type="application/octet-stream",
+                headers={"content-length": str(size)},
+            )
+
+        def ask() -> dict[str, Any]:
+            query = self._tracking.ids.translated(request.url.query, wait_s=CREATE_WAIT_S)
+            return self._upstream.ask_at(f"{request.url.path}?{query}")
+
+        try:
+            listing = self._waiting.listing(request.url.path, request.query_params, ask)
+        except ServerAway as error:
+            raise unanswered(f"GET {request.url.path}", error) from None
+        return None if listing is None else JSONResponse(listing)
 
     def _ask_server(self, request: Request, body: IO[bytes], size: int) -> Response:
         ids = self._tracking.ids

@@ -99,12 +99,18 @@ class Upstream:
 
         Raises: ServerAway; ApiError: the server's own refusal.
         """
-        target, body = API + quote(name), None
-        headers = {"accept": "application/json"}
+        target = API + quote(name)
         if method == "GET":
-            target += "?" + urlencode(fields or {}, doseq=True)
-        else:
-            body = orjson.dumps(fields or {})
+            return self.ask_at(f"{target}?{urlencode(fields or {}, doseq=True)}")
+        return self.ask_at(target, method, orjson.dumps(fields or {}))
+
+    def ask_at(self, target: str, method: str = "GET", body: bytes | None = None) -> dict[str, Any]:
+        """Return the JSON object that an address answers with.
+
+        Raises: ServerAway; ApiError: the server's own refusal.
+        """
+        headers = {"accept": "application/json"}
+        if body is not None:
             headers["content-type"] = "application/json"
         answer = self.pass_on(method, target, body, headers)
         content = _object(b"".join(answer.chunks))
@@ -112,7 +118,7 @@ class Upstream:
             return content
         if content is not None and "error_code" in content and answer.status < 500:
             raise Told(answer.status, content)
-        raise ServerAway(f"the MLflow server answers {answer.status} to {name}")
+        raise ServerAway(f"the MLflow server answers {answer.status} to {target}")
 
 
 class Told(ApiError):

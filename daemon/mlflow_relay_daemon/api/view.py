@@ -35,6 +35,7 @@ class View:
     #: fields of the run's info that a request has changed
     info: dict[str, tuple[Any, Place]] = field(default_factory=dict)
     inputs: list[tuple[dict[str, Any], Place]] = field(default_factory=list)
+    files: dict[str, tuple[records.Artifact, Place]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     _read_to: Place = _START
 
@@ -52,12 +53,7 @@ class View:
         record = _read(raw)
         match record:
             case records.Metrics():
-                rows = zip(record.keys, record.values, record.steps, strict=True)
-                for key, value, step in rows:
-                    point = (step, record.timestamp_ms, value)
-                    known = self.latest.get(key)
-                    newest = point if known is None else max(known[0], point, key=_order)
-                    self.latest[key] = newest, place
+                self._take_metrics(place, record)
             case records.Params():
                 for key, text in record.items.items():
                     self.params.setdefault(key, (text, place))
@@ -68,8 +64,17 @@ class View:
                 self.info["status"] = record.status, place
                 if record.status != records.GOES_ON:
                     self.info["end_time"] = record.timestamp_ms, place
+            case records.Artifact():
+                self.files[record.path] = record, place
             case records.Call():
                 self._take_call(place, record.name, orjson.loads(record.body))
+
+    def _take_metrics(self, place: Place, record: records.Metrics) -> None:
+        for key, value, step in zip(record.keys, record.values, record.steps, strict=True):
+            point = (step, record.timestamp_ms, value)
+            known = self.latest.get(key)
+            newest = point if known is None else max(known[0], point, key=_order)
+            self.latest[key] = newest, place
 
     def _set_tag(self, key: str, value: str, place: Place) -> None:
         self.tags[key] = value, place

@@ -6,6 +6,10 @@ for him, in the run's card:
     a rank's part   from the run's creation, or from "RUNNING" on, until its end is told
     a guest         everything else: it has no say in how the run ends, and is closed from the start
 
+Nobody sends again what the disk did not take, so a number that may be on it is never given to
+another record: a session is not used any more after an append that failed, nor in the next life of
+the daemon, which cannot know how this one ended. Another takes its place.
+
 Requests wait here while the disk syncs those before them, and go to it together.
 """
 
@@ -16,9 +20,9 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlflow_relay import clock, records
@@ -26,7 +30,7 @@ from mlflow_relay.messages import SESSION_BYTES
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.own_records import frames_of
 from mlflow_relay_daemon.spool.card import Card, SessionCard
-from mlflow_relay_daemon.spool.run_spool import Arrival
+from mlflow_relay_daemon.spool.run_spool import Arrival, RunSpool
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Writer:
         self._runs, self._run_in_loop = runs, in_loop
         self._waiting: deque[Write] = deque()
         self._lock = threading.Lock()
+        self._sound: set[bytes] = set()  # sessions of this life without a failed append
 
     def make_run(self, card: Card) -> Hosted:
         """Return a new run; its card is on the disk. Raises: OSError."""
@@ -101,13 +106,12 @@ class Writer:
         sizes: dict[bytes, int] = {}  # records of this group, by session
         ended: list[bytes] = []
         for write in group:
-            if write.begins and rank_session(hosted.run.card) is None:
-                self._open(hosted, primary=True)
-            session = rank_session(hosted.run.card)
+            is_rank = write.begins or rank_session(hosted.run.card) is not None
+            session = self._session(hosted, primary=True) if is_rank else None
             if session is None or session in ended:
-                session = self._guest(hosted)
+                is_rank, session = False, self._session(hosted, primary=False)
             entries = list(write.entries)
-            if write.end is not None and session != guest_session(hosted.run.card):
+            if write.end is not None and is_rank:
                 status, end_ms = write.end
                 entries.append(records.pack_end(status, "", end_ms))
                 ended.append(session)
@@ -115,35 +119,56 @@ class Writer:
             frames += frames_of(session, hosted.run.next_seq(session) + size, entries)
             sizes[session] = size + len(entries)
         if frames:
-            self._runs.append(hosted, frames)
+            self._append(hosted, frames, sizes)
         for session in ended:
             self._runs.close_session(hosted, session, lost=0)
+            self._sound.discard(session)
         self._runs.notify(hosted)
 
-    def _guest(self, hosted: Hosted) -> bytes:
-        return guest_session(hosted.run.card) or self._open(hosted, primary=False)
+    def _append(self, hosted: Hosted, frames: list[Arrival], sessions: Iterable[bytes]) -> None:
+        try:
+            self._runs.append(hosted, frames)
+        except OSError:
+            self._sound.difference_update(sessions)
+            raise
 
-    def _open(self, hosted: Hosted, *, primary: bool) -> bytes:
-        """Return a new session; it is in the run's card, on the disk."""
+    def _session(self, hosted: Hosted, *, primary: bool) -> bytes:
+        """Return the session to append to; one that is new is in the run's card, on the disk."""
+        card = hosted.run.card
+        known = rank_session(card) if primary else guest_session(card)
+        if known is not None and known in self._sound:
+            return known
         name = os.urandom(SESSION_BYTES)
-        card = SessionCard(
-            rank=0,
-            node=os.uname().nodename,
-            pid=os.getpid(),
-            primary=primary,
-            start_ms=clock.now_ms(),
-            closed=not primary,
-            is_own=True,
-        )
-        run = hosted.run
+        self._open(hosted.run, name, primary=primary, instead_of=known)
+        self._sound.add(name)
+        return name
+
+    def _open(self, run: RunSpool, name: bytes, *, primary: bool, instead_of: bytes | None) -> None:
+        """Enter a session into the run's card; at no time is the run without one that speaks."""
         with run.lock:
-            run.card.sessions[name.hex()] = card
+            before = run.card.sessions
+            run.card.sessions = dict(before)
+            if instead_of is not None:
+                old = run.card.sessions.pop(instead_of.hex())
+                next_seq = run.next_seq(instead_of)
+                if next_seq:  # else it is forgotten: a full disk, tried for days, fills no card
+                    kept = replace(old, closed=True, next_seq=next_seq)
+                    run.card.sessions[instead_of.hex()] = kept
+            run.card.sessions[name.hex()] = SessionCard(
+                rank=0,
+                node=os.uname().nodename,
+                pid=os.getpid(),
+                primary=primary,
+                # A rank's latest session speaks for it, also if the clock was set back.
+                start_ms=max([clock.now_ms(), *(each.start_ms for each in before.values())]),
+                closed=not primary,
+                is_own=True,
+            )
             try:
                 run.save_card()
             except OSError:
-                del run.card.sessions[name.hex()]
+                run.card.sessions = before
                 raise
-        return name
 
 
 def rank_session(card: Card) -> bytes | None:
@@ -157,5 +182,5 @@ def guest_session(card: Card) -> bytes | None:
 
 
 def _own(card: Card, is_wanted: Callable[[SessionCard], bool]) -> bytes | None:
-    found = (name for name, each in list(card.sessions.items()) if each.is_own and is_wanted(each))
-    return next((bytes.fromhex(name) for name in found), None)
+    found = [name for name, each in list(card.sessions.items()) if each.is_own and is_wanted(each)]
+    return bytes.fromhex(found[-1]) if found else None

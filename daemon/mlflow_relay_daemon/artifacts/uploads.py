@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from mlflow_relay import clock
@@ -161,6 +162,8 @@ class Uploads:
                 self._upload(job)
             except Cut:
                 return
+            except OSError as error:  # a dead letter could not be written
+                self._try_later(job, TryAgain(str(error)))
             except Exception:
                 log.exception("artifact %r: tried again later", job.artifact.path)
                 self._try_later(job, TryAgain("an error of the relay itself: see the daemon's log"))
@@ -282,7 +285,8 @@ class Uploads:
             work.ends_since_s = 0.0
         for how, artifact in done:
             if artifact.where != PLACE and how != REFUSED:
-                locate(artifact, run.card.run_id, self._staging).unlink(missing_ok=True)
+                with suppress(OSError):  # what stays is swept
+                    locate(artifact, run.card.run_id, self._staging).unlink(missing_ok=True)
         if not run.artifacts.waiting:
             self._runs.notify(work.hosted)  # its end may have waited for this
 

@@ -82,6 +82,13 @@ class Disk:
         return found.f_bavail * found.f_frsize
 
 
+class LookingDisk(Disk):
+    """The disk of who only looks at a spool, which may be a living daemon's."""
+
+    def sync(self, fd: int) -> None:
+        """It is for the daemon to do, and to know if it fails."""
+
+
 def lock_file(path: Path) -> int | None:
     """Lock the file for as long as this process lives; return its descriptor, None if it is taken.
 

@@ -43,10 +43,19 @@ class RunSpool:
     Opening it recovers: whatever a crash left is read as far as it goes, and nothing is appended to
     a file of an earlier life.
 
-    Raises: VersionError: a later release wrote here.
+    Args:   is_trusted: False: it could not be opened before, perhaps because an fsync failed.
+    Raises: VersionError: a later release wrote here; OSError.
     """
 
-    def __init__(self, disk: Disk, folder: Path, card: Card, *, segment_bytes_max: int) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        folder: Path,
+        card: Card,
+        *,
+        segment_bytes_max: int,
+        is_trusted: bool = True,
+    ) -> None:
         self.folder, self.card = folder, card
         self.lock = threading.RLock()  # guards the card and what follows
         self._mark_lock = threading.Lock()  # guards the watermark's file
@@ -68,7 +77,11 @@ class RunSpool:
         self.sequences = Sequences(self.mark.sequences)
         self.artifacts = Ledger(disk, folder)
         self.terminal = Transcripts(disk, folder)
-        self._recover()
+        try:
+            self._recover(is_trusted=is_trusted)
+        except BaseException:
+            self._forget_descriptor()  # it may be opened again and again
+            raise
 
     # ── intake ──
 
@@ -317,7 +330,7 @@ class RunSpool:
         fresh.reduction = mark.reduction
         return fresh
 
-    def _recover(self) -> None:
+    def _recover(self, *, is_trusted: bool) -> None:
         """Find out what was accepted: from the head of the newest segment and the frames in it."""
         numbers = sorted(self._ends)
         unread: list[int] = []
@@ -340,7 +353,9 @@ class RunSpool:
                 if piece.header is not None and piece.whole:
                     self._count(piece.header)
             # Frames that were written and not synced are about to be acknowledged.
-            self._disk.sync(fd)
+            path = segment.path_of(self.folder, number)
+            segment.keep_found(self._disk, path, fd, end, is_trusted=is_trusted)
+        self._forget_descriptor()  # the name may be another file's now
         self.accepted_records = max(self.accepted_records, self.mark.settled_records)
         if self.card.state is not RunState.ENDED:  # then it is counted, and the segments are gone
             for name, session in self.card.sessions.items():

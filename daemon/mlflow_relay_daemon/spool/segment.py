@@ -9,6 +9,7 @@ newer one.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from mlflow_relay import frames
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.spool.disk import Disk
 from mlflow_relay_daemon.spool.sequences import Sequences
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".segment"
 _MAGIC, _VERSION = b"MRS", 1
@@ -157,6 +160,23 @@ def _find_frame(fd: int, start: int, end: int) -> int:
         else:
             return start + at
     return end
+
+
+def keep_found(disk: Disk, path: Path, fd: int, end: int, *, is_trusted: bool) -> None:
+    """Have on the disk what was found in a segment: it may have been written and not synced.
+
+    Args:   is_trusted: no fsync of it is known to have failed.
+    Raises: OSError: it is not there; then it is trusted no more.
+    """
+    if is_trusted:
+        try:
+            disk.sync(fd)
+        except OSError as error:
+            log.warning("%s: %s: what is there is written anew", path.name, error.strerror)
+        else:
+            return
+    # A second fdatasync would return 0 and lie: what can be read goes into a file of its own.
+    disk.replace(path, os.pread(fd, end, 0), durable=True)
 
 
 class Writer:

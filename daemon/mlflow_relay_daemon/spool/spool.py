@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 RUNS, QUARANTINE, LOCK, NODE, RESERVE = "runs", "quarantine", "lock", "node", "reserve"
 REMOVED = "removed"
+#: How often a run is tried again that the disk did not let us read.
+UNREAD_EVERY_S = 10.0
 #: How often the free space is asked for; between two questions at most a few groups are written.
 FREE_SPACE_EVERY_S = 0.2
 
@@ -70,6 +72,8 @@ class Spool:
         self.bytes_max, self.free_bytes_min = bytes_max, free_bytes_min
         self.runs: dict[str, RunSpool] = {}
         self._left_alone: dict[str, str] = {}  # runs that cannot be opened, and why
+        self._unread: list[Path] = []  # those of them that may be opened another time
+        self._unread_asked_s = time.monotonic()
         self._not_movable: set[Path] = set()
         self._segment_bytes_max = segment_bytes_max
         self._free_bytes, self._free_asked_s = 0, float("-inf")
@@ -109,6 +113,17 @@ class Spool:
             run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
             self.runs[card.run_id] = run
         return run
+
+    def open_unread(self, now_s: float) -> list[RunSpool]:
+        """Try again, now and then, to open what the disk did not let us read at the start; return
+        the runs that are open now."""
+        if not self._unread or now_s - self._unread_asked_s < UNREAD_EVERY_S:
+            return []
+        self._unread_asked_s = now_s
+        folders, self._unread = self._unread, []
+        for folder in folders:
+            self._open_found(folder, is_trusted=False)
+        return [self.runs[each.name] for each in folders if each.name in self.runs]
 
     def remove(self, run: RunSpool) -> None:
         """Remove a run of which nothing is wanted any more.
@@ -187,23 +202,34 @@ class Spool:
 
     # ── what is found at the start ──
 
-    def _open_found(self, folder: Path) -> None:
+    def _open_found(self, folder: Path, *, is_trusted: bool = True) -> None:
         """Open a run that an earlier life left; nothing in it may stop the daemon."""
         try:
             if all(path.name.endswith(".new") for path in folder.iterdir()):
                 shutil.rmtree(folder)  # a crash before its card was written: nothing was accepted
                 return
             card = self._card_of(folder)
-            run = RunSpool(self.disk, folder, card, segment_bytes_max=self._segment_bytes_max)
+            run = RunSpool(
+                self.disk,
+                folder,
+                card,
+                segment_bytes_max=self._segment_bytes_max,
+                is_trusted=is_trusted,
+            )
         except VersionError as error:
             self._left_alone[folder.name] = str(error)
             log.error("run %s is left alone: %s", folder.name, error)
         except (FormatError, ValueError) as error:
             self.quarantine(folder, error)
         except OSError as error:
-            self._left_alone[folder.name] = error.strerror or str(error)
-            log.error("run %s cannot be read and is left alone: %s", folder.name, error)
+            self._unread.append(folder)
+            why, told = error.strerror or str(error), self._left_alone.get(folder.name)
+            self._left_alone[folder.name] = why
+            if why != told:
+                log.error("run %s cannot be read and is left alone: %s", folder.name, error)
         else:
+            if self._left_alone.pop(folder.name, None) is not None:
+                log.warning("run %s can be read again", folder.name)
             self.runs[card.run_id] = run
 
     def _card_of(self, folder: Path) -> Card:

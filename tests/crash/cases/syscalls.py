@@ -1,15 +1,9 @@
-"""SIGKILL at every system call with which a spool changes its disk, by strace."""
+"""SIGKILL at every system call with which a spool changes its disk."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
 import random
-import shutil
-import subprocess
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -17,50 +11,33 @@ from pathlib import Path
 from mlflow_relay_daemon.spool.disk import Disk
 from tests.crash import life
 from tests.crash.outcome import Job, Outcome
-from tests.crash.power import Known
-
-CALLS = ("write", "fdatasync", "fsync", "rename", "unlink", "mkdir", "fallocate")
-ROOT = Path(__file__).resolve().parents[3]
-TIMEOUT_S = 120.0
+from tests.crash.teller import Teller, last_known
+from tests.crash.tracer import KILL, Call, Fault, run_traced, why_not
 
 
-class Teller:
-    """Stands where lives have a recorder: says on stdout what the world knows, as it learns it."""
+class Killer:
+    """Kills at the n-th call that changes something below a folder."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.sync_fails_after = root, -1
-        self._known = Known()
+    def __init__(self, root: Path, number: int) -> None:
+        self._root, self._left = root, number
+        self.hit = ""  #: the call at which it did
 
-    @property
-    def known(self) -> Known:
-        return self._known
+    def before(self, call: Call) -> Fault | None:
+        self._left -= call.changes(self._root)
+        if self._left or self.hit:
+            return None
+        self.hit = call.name
+        return KILL
 
-    @known.setter
-    def known(self, known: Known) -> None:
-        self._known = known
-        os.write(1, _to_json(known).encode() + b"\n")
-
-    def note(self, what: str) -> None:
-        """It is the kernel that ends this life, not the model."""
-
-
-def _to_json(known: Known) -> str:
-    acked, settled = (
-        {k.hex(): v for k, v in each.items()} for each in (known.acked, known.settled)
-    )
-    return json.dumps([acked, settled, known.letters, known.mlflow_run_id])
-
-
-def _from_json(line: str) -> Known:
-    acked, settled, letters, mlflow_run_id = json.loads(line)
-    return Known(*({bytes.fromhex(k): v for k, v in each.items()} for each in (acked, settled)), letters, mlflow_run_id)  # fmt: skip
+    def after(self, call: Call, result: int) -> None:
+        """Nothing is asked of what went well."""
 
 
 def run(job: Job) -> Outcome:
     outcome = Outcome(
-        f"The n-th {', '.join(CALLS)} of a process that lives the life of a spool (append, ack, "
-        "deliver, letters, cards, ends, restarts) is its last, for every n; what it had said that it "
-        "had acknowledged must be there",
+        "The n-th write, fdatasync, fsync, rename, unlink, mkdir, open for writing or fallocate of a "
+        "process that lives the life of a spool (append, ack, deliver, letters, cards, ends, "
+        "restarts) is its last, for every n; what it had said that it had acknowledged must be there",
         0,
         "kills",
     )
@@ -68,70 +45,39 @@ def run(job: Job) -> Outcome:
     if outcome.skipped:
         return outcome
     lives = 0
+    kinds: dict[str, int] = {}
     logging.disable(logging.CRITICAL)
     try:
         while not job.is_over:
-            for call in CALLS:
-                number = 1
-                while not job.is_over and kill_at(call, number, f"{job.seed}/{lives}", outcome):
-                    number += 1
+            number = 1
+            while not job.is_over and (hit := kill_at(number, f"{job.seed}/{lives}", outcome)):
+                kinds[hit] = kinds.get(hit, 0) + 1
+                number += 1
             lives += not job.is_over
     finally:
         logging.disable(logging.NOTSET)
-    outcome.figures = {"lives killed at every call": f"{lives}"}
+    outcome.figures = {
+        "lives killed at every call": f"{lives:,}",
+        **{f"at {name}": f"{count:,}" for name, count in sorted(kinds.items())},
+    }
     return outcome
 
 
-def why_not() -> str:
-    """Return why this cannot be run here; "" if it can."""
-    if platform.machine() != "x86_64":
-        return "other machines have other names for these calls than x86_64"
-    if shutil.which("strace") is None:
-        return "strace is not installed"
-    tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], check=False)
-    return "" if tried.returncode == 0 else "this user may not trace processes"
-
-
-def kill_at(call: str, number: int, chance: str, outcome: Outcome) -> bool:
-    """Return False if there is no such call any more: the process lived to its end."""
+def kill_at(number: int, chance: str, outcome: Outcome) -> str:
+    """Return the call at which the process was killed; "" if it lived to its end."""
     with tempfile.TemporaryDirectory(prefix="relay-syscalls-", dir="/dev/shm") as path:
         root = Path(path) / "spool"
-        inject = f"inject={call}:signal=KILL:when={number}"
-        done = subprocess.run(
-            [
-                *("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", inject),
-                *(sys.executable, "-B", "-m", "tests.crash.cases.syscalls", str(root), chance),
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
-        if done.returncode == 0:
-            return False
+        killer = Killer(root, number)
+        live = partial(life.live_by_chance, Teller(root), Disk(), random.Random(chance))
+        ended = run_traced(live, killer)
+        if ended.status == 0:
+            return ""
         outcome.count += 1
         outcome.goal += 1
         try:
-            assert done.returncode in (-9, 137), f"status {done.returncode}: {done.stderr[-500:]}"
-            said = done.stdout.splitlines(keepends=True)
-            whole = [line for line in said if line.endswith("\n")]
-            known = _from_json(whole[-1]) if whole else Known()
+            assert killer.hit, f"status {ended.status}: {ended.said[-500:]}"
             with life.opened(Disk(), root) as spool:
-                life.check(spool, known, in_order=True)
+                life.check(spool, last_known(ended.said), in_order=True)
         except Exception as error:  # any is a finding
-            outcome.found(f"{call} {number} of life {chance}: {error!r}")
-    return True
-
-
-def main() -> None:
-    """Live one life: what is killed."""
-    logging.disable(logging.CRITICAL)
-    root, chance = Path(sys.argv[1]), sys.argv[2]
-    teller = Teller(root)
-    live = partial(life.live_by_chance, rng=random.Random(chance))
-    live(teller, Disk())  # type: ignore[arg-type]
-
-
-if __name__ == "__main__":
-    main()
+            outcome.found(f"{killer.hit} {number} of life {chance}: {error!r}")
+    return killer.hit or "no call of ours"
