@@ -17,15 +17,15 @@ class FormerRuns:
     def __init__(self, disk: Disk, path: Path) -> None:
         self._disk, self._path = disk, path
         self._ids: dict[str, str] = {}
-        self._has_whole_lines = True
+        self._whole_bytes = 0  # behind them stands what a crash has cut off
         try:
-            text = path.read_text("ascii", "replace")
+            data = path.read_bytes()
         except FileNotFoundError:
             return
-        self._has_whole_lines = text.endswith("\n")
-        for line in text.splitlines(keepends=True):
+        self._whole_bytes = data.rfind(b"\n") + 1
+        for line in data[: self._whole_bytes].decode("ascii", "replace").splitlines():
             match line.split():
-                case [relay_run_id, mlflow_run_id] if line.endswith("\n"):  # else a crash cut it
+                case [relay_run_id, mlflow_run_id]:
                     self._ids[relay_run_id] = mlflow_run_id
 
     def get(self, relay_run_id: str) -> str | None:
@@ -38,14 +38,14 @@ class FormerRuns:
             return
         is_new = not self._path.exists()
         fd = self._disk.create(self._path) if is_new else self._disk.open(self._path)
-        before = "" if self._has_whole_lines else "\n"
+        line = f"{relay_run_id} {mlflow_run_id}\n".encode()
         try:
-            self._has_whole_lines = False
-            self._disk.write(fd, f"{before}{relay_run_id} {mlflow_run_id}\n".encode())
-            self._has_whole_lines = True
+            self._disk.truncate(fd, self._whole_bytes)
+            self._disk.write(fd, line)
             self._disk.sync(fd)
         finally:
             os.close(fd)
         if is_new:
             self._disk.sync_folder(self._path.parent)
+        self._whole_bytes += len(line)
         self._ids[relay_run_id] = mlflow_run_id
