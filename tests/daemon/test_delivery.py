@@ -27,7 +27,7 @@ from mlflow_relay_daemon.lane.lineage import Resolver
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.lane.terminal import TerminalOutput
 from mlflow_relay_daemon.retry import Breaker, Stopped
-from mlflow_relay_daemon.sinks import Refused, RunGone, ServerAway, SinkError, TryAgain
+from mlflow_relay_daemon.sinks import Refused, RunGone, ServerAway, SinkError, TimedOut, TryAgain
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.run_spool import RunSpool
@@ -593,6 +593,31 @@ def test_a_server_that_is_away_is_waited_for(life, sink):
     life.append(frame_of_metrics(0, 5))
     assert life.work() is None
     assert points_in(sink.only_run()) == points_of(*range(5))
+
+
+@pytest.mark.parametrize("too_much", [700, 100, 7, 2])
+def test_a_server_that_is_too_slow_for_a_request_gets_it_in_pieces(life, sink, too_much):
+    sizes: list[int] = []
+    log_batch = sink.log_batch
+
+    def slow(run_id, metrics, params, tags):
+        sizes.append(len(metrics))
+        if len(metrics) >= too_much:
+            raise TimedOut("no answer within 30 s")
+        log_batch(run_id, metrics, params, tags)
+
+    sink.log_batch = slow
+    for first in range(0, 2500, 500):
+        life.append(frame_of_metrics(first, 500))
+    life.insist()
+    assert points_in(sink.only_run()) == points_of(*range(2500))
+    failures = sum(size >= too_much for size in sizes)
+    assert failures < len(sizes) // 2 + 12  # it is not tried in vain again and again
+    sizes.clear()
+    sink.log_batch = log_batch
+    life.append(frame_of_metrics(2500, 500))
+    life.insist()
+    assert points_in(sink.only_run()) == points_of(*range(3000))
 
 
 def test_dead_letters_are_delivered_when_they_are_welcome(life, sink):

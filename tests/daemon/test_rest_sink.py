@@ -25,6 +25,7 @@ from mlflow_relay_daemon.sinks import (
     RunGone,
     ServerAway,
     SinkError,
+    TimedOut,
     TryAgain,
 )
 from mlflow_relay_daemon.sinks.rest import RestSink
@@ -593,7 +594,7 @@ def failure(sink: RestSink, action: Callable[[], object]) -> SinkError:
             ),
             TryAgain,
         ),
-        (504, b"", ServerAway),
+        (504, b"", TimedOut),
         (401, b"You are not authenticated.", NotAllowed),
         (403, b"<html>Forbidden by the gateway", NotAllowed),
         (403, b"Permission denied", Forbidden),

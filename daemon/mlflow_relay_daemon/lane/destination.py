@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from mlflow_relay.records import Artifact
+from mlflow_relay_daemon.batch import METRICS_MAX
 from mlflow_relay_daemon.retry import Breaker
-from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag
+from mlflow_relay_daemon.sinks import Metric, Param, Sink, Tag, TimedOut
 from mlflow_relay_daemon.spool.card import Card
 from mlflow_relay_daemon.spool.run_spool import Place
 from mlflow_relay_daemon.spool.segment import Piece
@@ -90,6 +91,21 @@ class Records(Protocol):
         ...
 
 
+@dataclass
+class Portion:
+    """How many metrics of a run its server takes in one request, as far as is known."""
+
+    metrics: int = METRICS_MAX
+
+    def shrink(self, tried: int) -> None:
+        """So many took too long."""
+        self.metrics = max(1, tried // 2)
+
+    def grow(self) -> None:
+        """A request came through: a little more, lest the next one takes too long again."""
+        self.metrics = min(METRICS_MAX, self.metrics + 1 + self.metrics // 50)
+
+
 @dataclass(frozen=True)
 class Destination:
     """One run of this daemon and its MLflow run.
@@ -104,6 +120,7 @@ class Destination:
     breaker: Breaker
     node: str
     artifact_wait_s: float = 0.0
+    portion: Portion = field(default_factory=Portion)
 
     @property
     def card(self) -> Card:
@@ -130,8 +147,28 @@ class Destination:
         return RUN_ID_TAG, self.card.run_id
 
     def log(self, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[Tag]) -> None:
-        """Deliver a batch."""
-        self.ask(lambda: self.sink.log_batch(self.mlflow_run_id, metrics, params, tags))
+        """Deliver a batch; to a server that is too slow for all of it in pieces.
+
+        A request that takes too long would take too long each time, and stop the run for ever.
+        """
+        done = 0
+
+        def send() -> None:
+            nonlocal done
+            while True:
+                part = metrics[done : done + self.portion.metrics]
+                texts = ([], []) if done else (params, tags)
+                try:
+                    self.sink.log_batch(self.mlflow_run_id, part, *texts)
+                except TimedOut:
+                    self.portion.shrink(len(part))
+                    raise
+                self.portion.grow()
+                done += len(part)
+                if done >= len(metrics):
+                    return
+
+        self.ask(send)
 
     def set_tags(self, tags: Sequence[Tag]) -> None:
         """Set tags of the MLflow run, if there are any to set."""

@@ -56,6 +56,10 @@ class ServerAway(Temporary):
     """The server cannot be reached, or says that it cannot serve: nobody can deliver now."""
 
 
+class TimedOut(ServerAway):
+    """No answer in time: the server is away, or the request is too much for it."""
+
+
 class NotAllowed(ServerAway):
     """The server refuses our credentials (401, 403)."""
 

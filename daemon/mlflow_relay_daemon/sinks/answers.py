@@ -20,6 +20,7 @@ from mlflow_relay_daemon.sinks import (
     RunGone,
     ServerAway,
     SinkError,
+    TimedOut,
     TryAgain,
 )
 from mlflow_relay_daemon.sinks.credentials import SET_CREDENTIALS
@@ -121,7 +122,7 @@ def classify(status: int, error_code: str, message: str) -> type[SinkError]:
     if error_code and _RACED.search(reason) and _is_database_trouble(status, error_code):
         return TryAgain
     if status in _AWAY_STATUSES or _POOL_EXHAUSTED.search(reason):
-        return ServerAway
+        return TimedOut if status == 504 else ServerAway
     if error_code and _INACTIVE.match(message):
         return RunGone
     if status == 400 and error_code:

@@ -29,7 +29,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-from mlflow_relay_daemon.sinks import ServerAway
+from mlflow_relay_daemon.sinks import ServerAway, TimedOut
 from mlflow_relay_daemon.sinks.credentials import TlsSettings, read_credentials, read_tls_settings
 from mlflow_relay_daemon.sinks.redact import UNREADABLE, redact_uri, scrub
 
@@ -129,7 +129,8 @@ class HttpClient:
                 return self._exchange_once(method, path, body, headers, secrets)
         except (HTTPError, OSError, ValueError) as error:
             why = scrub(_in_words(error, self._timeout), secrets)
-            raise ServerAway(f"{self.uri} cannot be reached: {why}") from None
+            kind = TimedOut if isinstance(error, ReadTimeoutError) else ServerAway
+            raise kind(f"{self.uri} cannot be reached: {why}") from None
 
     def open(
         self,
