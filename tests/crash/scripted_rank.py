@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow_relay
+import mlflow_relay.run as run_room
 from mlflow_relay.errors import RelayError
 from mlflow_relay.launch import relay_run_id
 from mlflow_relay_daemon.control_client import NoDaemon
@@ -47,6 +48,7 @@ class ScriptedRank:
     def live(self) -> None:
         """The script; in the child."""
         words = self._words
+        run_room._started = 0  # the process that we are forked from may have had runs
         os.environ.update(self._node.environ)
         os.environ["MLFLOW_RELAY_STAGING"] = str(staging_of(self._node))
         try:

@@ -67,7 +67,7 @@ def why_not() -> str:
     """Return why there can be none here; "" if there can."""
     if os.geteuid() != 0:
         return "an ext4 of its own needs root"
-    missing = [each for each in ("mkfs.ext4", "mount", "umount") if shutil.which(each) is None]
+    missing = [each for each in ("mkfs.ext4", "mount", "umount") if _which(each) is None]
     if missing:
         return f"{missing[0]} is not installed"
     with tempfile.TemporaryDirectory(prefix="relay-ext4-") as path:
@@ -81,6 +81,12 @@ def why_not() -> str:
     return ""
 
 
-def _run(*command: str | Path) -> None:
+def _which(name: str) -> str | None:
+    """Return where a command is; mkfs is in no user's PATH."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
+
+
+def _run(name: str, *arguments: str | Path) -> None:
     """Raises: CalledProcessError: with what it said."""
-    subprocess.run([str(each) for each in command], check=True, capture_output=True, text=True)
+    command = [_which(name) or name, *map(str, arguments)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
