@@ -237,16 +237,20 @@ class Runs:
         those do that resume it.
         """
         before_ms = clock.now_ms() - int(keep_s * 1000)
-        for hosted in [each for each in self.by_id.values() if self._is_done(each, before_ms)]:
+        for run_id, hosted in list(self.by_id.items()):
             try:
-                self.spool.remove(hosted.run)
-            except OSError as error:
-                log.warning("run %s stays: %s", hosted.run.card.run_id, error)
-            else:
-                del self.by_id[hosted.run.card.run_id]
+                if self._is_done(hosted, before_ms):
+                    self.spool.remove(hosted.run)
+                    del self.by_id[run_id]
+            except OSError as error:  # of a disk that will be no better at the next run
+                log.warning("run %s stays in the spool: %s", run_id, error)
+                return
 
     def _is_done(self, hosted: Hosted, before_ms: int) -> bool:
-        """Return whether nobody here has anything to do with this run, or to be told of it."""
+        """Return whether nobody here has anything to do with this run, or to be told of it.
+
+        Raises: OSError: its folder cannot be read.
+        """
         run, card = hosted.run, hosted.run.card
         return (
             card.is_over
