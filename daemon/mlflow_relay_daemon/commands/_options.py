@@ -80,4 +80,4 @@ def _default_text(name: str) -> str:
         return ""
     if SETTINGS[name].kind == "bytes":
         return f"  [{size_text(int(str(default)))}]"
-    return f"  [{default:g}]" if isinstance(default, float) else f"  [{default}]"
+    return f"  [{default:.9g}]" if isinstance(default, float) else f"  [{default}]"
