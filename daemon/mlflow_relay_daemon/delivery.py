@@ -34,6 +34,7 @@ class Delivery:
         self._due: list[tuple[float, int, Lane]] = []
         self._due_s: dict[Lane, float] = {}  # the valid one of several entries in `_due`
         self._busy: dict[Lane, float | None] = {}  # and when it is to be worked again
+        self._parked: set[Lane] = set()  # of those that are due: nobody need wait for them
         self._order = itertools.count()
         self._stopping = False
         self._threads = [
@@ -59,7 +60,7 @@ class Delivery:
     def is_idle(self) -> bool:
         """Return whether no lane is being worked or waiting for its turn."""
         with self._changed:
-            return not self._busy and all(lane.is_parked for lane in self._due_s)
+            return not self._busy and self._due_s.keys() <= self._parked
 
     def is_at_rest(self, lane: Lane) -> bool:
         """Return whether nothing is planned for this lane."""
@@ -84,13 +85,18 @@ class Delivery:
     def _schedule(self, lane: Lane, delay_s: float) -> None:
         due_s = time.monotonic() + delay_s
         with self._changed:
+            self._parked.discard(lane)
             if lane in self._busy:
                 planned_s = self._busy[lane]
                 self._busy[lane] = due_s if planned_s is None else min(due_s, planned_s)
             elif lane not in self._due_s or due_s < self._due_s[lane]:
-                self._due_s[lane] = due_s
-                heapq.heappush(self._due, (due_s, next(self._order), lane))
-                self._changed.notify()
+                self._plan(lane, due_s)
+
+    def _plan(self, lane: Lane, due_s: float) -> None:
+        """Work a lane then; under the lock."""
+        self._due_s[lane] = due_s
+        heapq.heappush(self._due, (due_s, next(self._order), lane))
+        self._changed.notify()
 
     def _work(self) -> None:
         while (lane := self._take()) is not None:
@@ -121,16 +127,18 @@ class Delivery:
                 else:
                     heapq.heappop(self._due)
                     del self._due_s[lane]
+                    self._parked.discard(lane)
                     self._busy[lane] = None
                     return lane
             return None
 
     def _give_back(self, lane: Lane, delay_s: float | None) -> None:
+        """In one breath: a lane that is seen neither at work nor due has nothing left to do."""
+        due_s = None if delay_s is None else time.monotonic() + delay_s
         with self._changed:
             again_s = self._busy.pop(lane)
-        now_s = time.monotonic()
-        waits = [] if again_s is None else [max(0.0, again_s - now_s)]
-        if delay_s is not None:
-            waits.append(delay_s)
-        if waits:
-            self._schedule(lane, min(waits))
+            known = [each for each in (again_s, due_s) if each is not None]
+            if known:
+                self._plan(lane, min(known))
+                if again_s is None and lane.is_parked:
+                    self._parked.add(lane)

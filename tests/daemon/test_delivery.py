@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.run_spool import RunSpool
 from mlflow_relay_daemon.states import RunState
 from tests.support.fake_sink import FakeRun, FakeSink
-from tests.support.relay import wait_until
+from tests.support.relay import PATIENCE_S, wait_until
 from tests.support.seeds import new_seed
 from tests.support.spools import (
     RUN_ID,
@@ -1047,6 +1048,38 @@ def test_what_is_new_while_a_lane_is_worked_is_not_forgotten(new_delivery):
     delivery.notify(lane)
     lane.release.set()
     wait_until(lambda: len(lane.worked) == 2, "worked again")
+
+
+def test_between_two_steps_a_lane_is_never_seen_with_nothing_to_do(new_delivery):
+    delivery = new_delivery(threads=1)
+    lane = FakeLane([0.0] * 5000)
+    switch_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        delivery.deliver_now([lane])
+        until_s = time.monotonic() + PATIENCE_S
+        while not delivery.is_idle():  # without a pause: it is to be asked in the wrong moment
+            assert time.monotonic() < until_s
+        steps = len(lane.worked)
+    finally:
+        sys.setswitchinterval(switch_s)
+
+    assert steps == 5001
+
+
+def test_who_is_told_to_go_on_at_work_is_not_parked_by_the_step_that_ends(new_delivery):
+    delivery = new_delivery()
+    lane = FakeLane([3600.0, 3600.0])
+    lane.is_parked = True  # as a step says that had begun before there was more to do
+    lane.release.clear()
+    delivery.notify(lane)
+    wait_until(lambda: lane.worked, "worked")
+    delivery.batch_age_s = 0.2
+    delivery.notify(lane)
+    lane.release.set()
+    wait_until(delivery.is_idle, "idle")
+
+    assert len(lane.worked) == 2
 
 
 def test_a_flush_does_not_wait_for_a_lane_s_long_pause(new_delivery):

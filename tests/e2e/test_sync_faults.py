@@ -81,22 +81,29 @@ def test_a_source_that_may_not_be_read_is_said_in_one_line(shared, mlflow_server
 
 
 def test_a_run_that_may_not_be_read_stops_no_other(shared, mlflow_server):
-    good, bad = anemoi_run(POINTS), anemoi_run(POINTS)
+    bad, good = sorted((anemoi_run(POINTS), anemoi_run(POINTS)), key=lambda each: each.run_id)
     store = write_mlruns(shared / "mlruns", [good, bad])
-    hidden = uuid.uuid4().hex
-    write_spool(shared / "spool", new_card(hidden), points=POINTS)
-    segment = next((shared / "spool" / "runs" / hidden).glob("*.segment"))
-    paths = [next(store.glob(f"*/{bad.run_id}")), segment]
+    # The first one that a listing shows must not end it.
+    shut = store / "0"
+    shutil.copytree(next(path for path in store.iterdir() if path.is_dir()), shut)
+    nodes = shared / "nodes"
+    for name in ("a", "b", "c"):
+        write_spool(nodes / name, new_card(uuid.uuid4().hex), points=POINTS)
+    segment = next((nodes / "b").glob("runs/*/*.segment"))
+    paths = [shut, next(store.glob(f"[1-9]*/{bad.run_id}")), nodes / "a", segment]
     open_to_all(shared)
     with locked(*paths):
-        code, lines = sync_as_somebody(store, shared / "spool", "--tracking-uri", mlflow_server.uri)
+        code, lines = sync_as_somebody(store, nodes, "--tracking-uri", mlflow_server.uri)
     assert code == 1
-    denied = [line for line in lines if "Permission denied" in line]
-    assert [any(str(path) in line for line in denied) for path in paths] == [True, True], lines
+    assert all("cannot be read: Permission denied" in line for line in lines), lines
+    assert [sum(str(path) in line for line in lines) for path in paths] == [1, 1, 1, 1], lines
+    (open_node,) = (path.name for path in (nodes / "c" / "runs").iterdir())
+    assert len(mlflow_server.all_points(only(mlflow_server, open_node).info.run_id)) == POINTS
+    shutil.rmtree(shut)
     there = only(mlflow_server, good.run_id).info.run_id
     assert mlflow_server.all_points(there) == good.points()
     # Whoever may read it brings the rest.
-    sync(store, shared / "spool", "--tracking-uri", mlflow_server.uri)
+    sync(store, nodes, "--tracking-uri", mlflow_server.uri)
     there = only(mlflow_server, bad.run_id).info.run_id
     assert mlflow_server.all_points(there) == bad.points()
 

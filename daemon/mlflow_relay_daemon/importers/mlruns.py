@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,31 +132,49 @@ def find_runs(
 
     Raises: OSError: the folder cannot be read.
     """
-    experiments = [each for each in sorted(folder.iterdir()) if (each / META).is_file()]
+    experiments = [each for each in sorted(folder.iterdir()) if each.name != TRASH]
     if include_deleted and (folder / TRASH).is_dir():
-        experiments += [each for each in sorted((folder / TRASH).iterdir()) if each.is_dir()]
+        experiments += sorted((folder / TRASH).iterdir())
     for experiment in experiments:
         try:
-            meta = _meta(experiment)
-        except (SourceError, OSError) as error:
-            yield SourceError(f"{experiment}: {error}")
-            continue
-        name = experiment_name or str(meta.get("name") or experiment.name)
-        for run in sorted(experiment.iterdir()):
-            if not run.is_dir() or not ((run / META).exists() or (run / "metrics").is_dir()):
+            if not _holds(experiment, META):
                 continue
+            name = experiment_name or str(_meta(experiment).get("name") or experiment.name)
+            runs = sorted(experiment.iterdir())
+        except (SourceError, OSError) as error:
+            yield _why(error, experiment)
+            continue
+        for run in runs:
             try:
+                if not _holds(run, META, "metrics"):
+                    continue
                 found = _read_run(run, name)
             except (SourceError, OSError) as error:
-                yield SourceError(f"{run}: {error}")
+                yield _why(error, run)
             else:
                 if include_deleted or not found.is_deleted:
                     yield found
 
 
 def is_file_store(folder: Path) -> bool:
-    """Return whether the folder has experiments in it. Raises: OSError: it cannot be read."""
-    return any((each / META).is_file() for each in folder.iterdir() if each.name != TRASH)
+    """Return whether the folder has experiments that can be read. Raises: OSError: it cannot."""
+    for each in folder.iterdir():
+        with suppress(OSError):  # another one may tell
+            if each.name != TRASH and _holds(each, META):
+                return True
+    return False
+
+
+def _holds(folder: Path, *names: str) -> bool:
+    """Return whether it is a folder and has one of these. Raises: OSError: that cannot be told."""
+    return any((folder / name).exists() for name in names)
+
+
+def _why(error: SourceError | OSError, folder: Path) -> SourceError:
+    """Return why a run or an experiment cannot be read, with its place."""
+    if isinstance(error, OSError):
+        return SourceError.of(error, folder)
+    return SourceError(f"{folder}: {error}")
 
 
 def _read_run(folder: Path, experiment: str) -> FileRun:

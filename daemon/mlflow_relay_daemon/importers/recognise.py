@@ -44,7 +44,7 @@ class Stores:
             except SourceError as error:
                 yield error
             except OSError as error:
-                yield SourceError(_in_words(error))
+                yield SourceError.of(error, "a source")
 
 
 def recognise(names: tuple[str, ...], *, timeout_s: float) -> tuple[Stores, list[SourceError]]:
@@ -52,48 +52,54 @@ def recognise(names: tuple[str, ...], *, timeout_s: float) -> tuple[Stores, list
     stores, errors = Stores(), []
     for name in names:
         try:
-            _add(stores, name, timeout_s)
+            errors += _add(stores, name, timeout_s)
         except OSError as error:
-            errors.append(SourceError(_in_words(error)))
+            errors.append(SourceError.of(error, redact_uri(name)))
         except (SourceError, ValueError) as error:
             errors.append(SourceError(f"{redact_uri(name)}: {error}"))
     return stores, errors
 
 
-def _add(stores: Stores, name: str, timeout_s: float) -> None:
+def _add(stores: Stores, name: str, timeout_s: float) -> list[SourceError]:
+    """Take what is meant; return what of it cannot be read. Raises: SourceError, OSError."""
     if name.startswith(("http://", "https://")):
         stores.servers.append(server.SourceServer(name, timeout_s=timeout_s))
-        return
+        return []
     path = Path(name.removeprefix("sqlite:///").removeprefix("file://")).expanduser()
     if path.is_file():
         if not sqlite.is_database(path):
             raise SourceError(f"is a file, and no SQLite database: a source is {KINDS}")
         stores.databases.append(path)
-        return
+        return []
     os.stat(path)  # says why, where it cannot be read
-    found = _in_folder(stores, path)
-    found += _in_folder(stores, path / FILE_STORE) if (path / FILE_STORE).is_dir() else 0
-    if not found:
+    denied: list[SourceError] = []
+    found = _in_folder(stores, path, denied)
+    if (path / FILE_STORE).is_dir():
+        found += _in_folder(stores, path / FILE_STORE, denied)
+    if not found and not denied:
         what = "is empty" if not any(path.iterdir()) else "holds no runs"
         raise SourceError(f"{what}: a source is {KINDS}")
+    return denied
 
 
-def _in_folder(stores: Stores, folder: Path) -> int:
-    """Take what lies in a folder; return how many stores that is."""
+def _in_folder(stores: Stores, folder: Path, denied: list[SourceError]) -> int:
+    """Take what lies in a folder; return how many stores that is; add what may be one more."""
     if spool.is_spool(folder):
         stores.spools.append(folder)
         return 1
-    spools = [each for each in sorted(folder.iterdir()) if each.is_dir() and spool.is_spool(each)]
-    stores.spools += spools
-    count = len(spools)
+    count = 0
+    if is_file_store := mlruns.is_file_store(folder):
+        stores.file_stores.append(folder)
+        count += 1
+    for each in sorted(folder.iterdir()):
+        try:
+            if each.name != FILE_STORE and spool.is_spool(each):
+                stores.spools.append(each)
+                count += 1
+        except OSError as error:
+            if not is_file_store:  # which says itself what of it cannot be read
+                denied.append(SourceError.of(error, each))
     if (folder / sqlite.DATABASE).is_file() and sqlite.is_database(folder / sqlite.DATABASE):
         stores.databases.append(folder / sqlite.DATABASE)
         count += 1
-    if mlruns.is_file_store(folder):
-        stores.file_stores.append(folder)
-        count += 1
     return count
-
-
-def _in_words(error: OSError) -> str:
-    return f"{error.filename or 'a source'} cannot be read: {error.strerror or error}"

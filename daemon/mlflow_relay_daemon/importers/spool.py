@@ -148,13 +148,19 @@ def find_runs(
     """Yield the runs of spools, merged by relay run id; for one that cannot be read, why."""
     parts: dict[str, list[Part]] = {}
     for folder in folders:
-        node = _node(folder)
-        for path in sorted((folder / RUNS).iterdir()):
-            if not path.is_dir():
-                continue
+        try:
+            node, paths = _node(folder), sorted((folder / RUNS).iterdir())
+        except OSError as error:  # one node's spool keeps none of the others back
+            yield SourceError.of(error, folder)
+            continue
+        for path in paths:
             try:
+                if not path.is_dir():
+                    continue
                 part = Part(node, path, _card(path))
-            except (FormatError, VersionError, OSError, SourceError) as error:
+            except OSError as error:
+                yield SourceError.of(error, path)
+            except (FormatError, VersionError, SourceError) as error:
                 yield SourceError(f"{path}: {error}")
             else:
                 parts.setdefault(part.card.run_id, []).append(part)

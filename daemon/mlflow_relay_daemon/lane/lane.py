@@ -77,7 +77,7 @@ class Lane:
         self.last_error: str | None = None
         self.is_blocked = False
         self._is_leaving = False
-        self.is_parked = False  #: all is delivered, but a link waits for another run
+        self.is_parked = False  #: after work(): nobody need wait for what it will do next
         self._failures = 0
         self._one_request = threading.Lock()  # see above: never two to one run
         self._late_look_s: float | None = None
@@ -138,7 +138,6 @@ class Lane:
     def leave(self) -> None:
         """The daemon stops: tell what can be told now, and wait for no other node."""
         self._ending.is_leaving = self._is_leaving = True
-        self.is_parked = False  # what it waited for is done now
 
     def _trouble(self, error: SinkError | VersionError | OSError, wait_s: float) -> float:
         text = str(error)

@@ -152,9 +152,8 @@ class Engine:
         except (SinkError, SourceError) as error:
             outcome.state, outcome.error = "failed", str(error)
         except OSError as error:
-            name = error.filename or outcome.source.where
             outcome.state = "failed"
-            outcome.error = f"{name} cannot be read: {error.strerror or error}"
+            outcome.error = str(SourceError.of(error, outcome.source.where))
         except Exception as error:  # one run's trouble is not the others'
             log.exception("run %s", outcome.source.card.run_id)
             outcome.state, outcome.error = "failed", f"unexpected {type(error).__name__}: {error}"

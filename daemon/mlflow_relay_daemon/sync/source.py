@@ -84,6 +84,11 @@ class Source(Protocol):
 class SourceError(Exception):
     """A source, or a run in it, cannot be read. One line that says why."""
 
+    @classmethod
+    def of(cls, error: OSError, where: object) -> SourceError:
+        """Return what the system said, in words; `where` is for an error that names no file."""
+        return cls(f"{error.filename or where} cannot be read: {error.strerror or error}")
+
 
 class Chunk(NamedTuple):
     """Records that belong together, and how far the source is read behind them."""
