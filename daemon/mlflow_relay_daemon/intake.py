@@ -25,17 +25,15 @@ import zmq
 from mlflow_relay import messages
 from mlflow_relay.errors import FormatError
 from mlflow_relay.frames import read_frame
-from mlflow_relay.paths import private_dir
 from mlflow_relay_daemon.access import (
     SESSIONS_PER_USER_MAX,
-    Access,
     NotYours,
     peer_uid,
-    private_access,
 )
 from mlflow_relay_daemon.attachment import Attachment, read_attachment, unpack_session
 from mlflow_relay_daemon.control import Control
 from mlflow_relay_daemon.counters import Counters
+from mlflow_relay_daemon.endpoint import Endpoint
 from mlflow_relay_daemon.hosted import Hosted, Runs
 from mlflow_relay_daemon.spool.run_spool import Arrival
 from mlflow_relay_daemon.spool.spool import RunLeftAlone
@@ -73,7 +71,6 @@ class Intake:
     Args:
         socket_path: made here, for this user alone.
         group_bytes_max: bytes that share one fdatasync, at most.
-        access: None: of one user.
         gid: of the group whose members may connect, too.
     """
 
@@ -85,10 +82,8 @@ class Intake:
         counters: Counters,
         group_bytes_max: int,
         *,
-        access: Access | None = None,
         gid: int | None = None,
     ) -> None:
-        self._access, self._gid = access or private_access(), gid
         self._runs, self._control, self._counters = runs, control, counters
         self.group_bytes_max = group_bytes_max
         self.sessions: dict[bytes, LiveSession] = {}
@@ -97,13 +92,8 @@ class Intake:
         self._answers: deque[tuple[bytes, bytes]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.linger = 200
-        self._socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
-        # What is too large is counted; what is far too large, ZeroMQ refuses to take in at all.
-        self._socket.maxmsgsize = 2 * messages.MESSAGE_BYTES_MAX
-        self._path = socket_path
-        self._bind()
+        self.endpoint = Endpoint(self._context, socket_path, gid)
+        self._socket = self.endpoint.socket
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._wake_fd, zmq.POLLIN)
@@ -129,31 +119,6 @@ class Intake:
             self._send(peer, messages.REPLY, payload)
         self._tell_news()
 
-    def bind_again(self) -> bool:
-        """If the socket's file is gone (systemd's RemoveIPC, a clean-up), make it anew.
-
-        Returns: whether it was gone.
-        """
-        if self._path.exists():
-            return False
-        with contextlib.suppress(zmq.ZMQError):
-            self._socket.unbind(self._endpoint)
-        private_dir(self._path.parent)
-        self._bind()
-        return True
-
-    def _bind(self) -> None:
-        self._endpoint = f"ipc://{self._path}"
-        before = os.umask(0o177)  # nobody else may connect before the next lines have been run
-        try:
-            self._socket.bind(self._endpoint)
-        finally:
-            os.umask(before)
-        if self._gid is not None:
-            if self._path.stat().st_gid != self._gid:
-                os.chown(self._path, -1, self._gid)
-            os.chmod(self._path, 0o660)
-
     def forget(self, session: bytes) -> None:
         """The session is over."""
         self.sessions.pop(session, None)
@@ -161,6 +126,7 @@ class Intake:
 
     def close(self) -> None:
         self._context.destroy(linger=200)
+        self.endpoint.remove()
         os.close(self._wake_fd)
 
     # ── in ──

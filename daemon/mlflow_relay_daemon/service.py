@@ -129,7 +129,6 @@ class Service:
             control,
             counters,
             config.group_bytes_max,
-            access=access,
             gid=gid,
         )
         self.status_for = control.status_for
@@ -231,7 +230,6 @@ class Service:
             self._http.stop()
         self._intake.close()
         self._stop_delivery()
-        self._config.socket.unlink(missing_ok=True)
         self._spool.close()
         os.close(self._runtime_lock)
 
@@ -244,8 +242,7 @@ class Service:
             self._is_to_reload = False
             self._reload()
         if time.monotonic() - self._looked_s >= LOOK_EVERY_S:
-            if self._intake.bind_again():
-                log.error("the socket %s was gone and is made anew", self._config.socket)
+            self._intake.endpoint.look()
             self._look()
             if self._node_metrics is not None and not self._watcher.is_behind:
                 self._node_metrics.look(self._looked_s)

@@ -37,7 +37,7 @@ class RecordingOs:
         self.states.append((what, self.state, self.known))
 
     def _name(self, path: Any) -> str:
-        return str(Path(path).relative_to(self.root))
+        return os.path.relpath(path, self.root)
 
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         is_new = not self._real.path.exists(path)
@@ -107,15 +107,12 @@ class RecordingOs:
         self.note("fsync")
 
     def _sync_folder(self, folder: str) -> None:
-        def inside(names: dict[str, int]) -> dict[str, int]:
-            return {name: each for name, each in names.items() if str(Path(name).parent) == folder}
+        def is_inside(name: str) -> bool:
+            return (name.rpartition("/")[0] or ".") == folder
 
-        outside = {
-            name: each
-            for name, each in self.state.durable.items()
-            if str(Path(name).parent) != folder
-        }
-        self.state = replace(self.state, durable={**outside, **inside(self.state.cached)})
+        outside = {name: each for name, each in self.state.durable.items() if not is_inside(name)}
+        inside = {name: each for name, each in self.state.cached.items() if is_inside(name)}
+        self.state = replace(self.state, durable={**outside, **inside})
         self.note(f"fsync of {folder}")
 
     def rename(self, old: Any, new: Any) -> None:

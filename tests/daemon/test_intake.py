@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import resource
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ from mlflow_relay_daemon.intake import Intake
 from mlflow_relay_daemon.lane.links import LineageParams
 from mlflow_relay_daemon.spool import card as cards
 from mlflow_relay_daemon.spool.spool import Spool
+from tests.support.relay import wait_until
 from tests.support.spools import (
     RUN_ID,
     SESSION,
@@ -672,9 +674,37 @@ def test_a_peer_that_is_gone_stops_nobody(daemon, peer):
 def test_a_socket_that_somebody_removed_is_made_anew(daemon, peer):
     """systemd's RemoveIPC, a clean-up of /dev/shm: ranks that come must find their daemon."""
     peer.attach()
-    assert not daemon.intake.bind_again()
+    before = daemon.path.stat().st_ino
+    daemon.intake.endpoint.look()
+    assert daemon.path.stat().st_ino == before
     daemon.path.unlink()
-    assert daemon.intake.bind_again()
+    daemon.intake.endpoint.look()
 
     assert daemon.path.stat().st_mode & 0o777 == 0o600
     assert Peer(daemon).attach(OTHER)["next_seq"] == 0
+
+
+def test_with_few_descriptors_left_who_is_here_is_served_and_who_comes_waits(daemon, peer, caplog):
+    """libzmq ends the process if it has no descriptor for a connection that comes in."""
+    peer.attach()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = [open(os.devnull) for _ in range(10)]  # noqa: SIM115
+    few = files[-1].fileno() + 6
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    try:
+        daemon.intake.endpoint.look()
+        wait_until(lambda: not daemon.path.exists(), "nobody is let in")
+        daemon.intake.endpoint.look()
+        peer.send(0, 3)
+        assert peer.hear_ack() == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for each in files:
+            each.close()
+    daemon.intake.endpoint.look()
+
+    assert Peer(daemon).attach(OTHER)["next_seq"] == 0
+    assert [each.getMessage().split(":")[0] for each in caplog.records] == [
+        f"nearly all of {few} file descriptors are in use",
+        "there are file descriptors again",
+    ]

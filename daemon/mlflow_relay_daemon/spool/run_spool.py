@@ -367,7 +367,9 @@ class RunSpool:
     def _locate(self, place: Place) -> tuple[int, int, int] | None:
         """Return (segment, start, end) to read from there on; None: no segment is left."""
         with self.lock:
-            number = min((each for each in self._ends if each >= place.segment), default=None)
+            number: int | None = place.segment
+            if number not in self._ends:
+                number = self._next_number(place.segment)
             if number is None:
                 return None
             start = place.offset if number == place.segment else 0
