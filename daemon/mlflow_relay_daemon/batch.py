@@ -83,40 +83,57 @@ class Batch:
 
     def has_room_for(self, record: Record | Points) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
-        if self.call is not None:
-            return False
         match record:
             case Call():
                 return not self.records
             case Artifact():
-                return len(self.artifacts) < ARTIFACTS_MAX
+                return self.call is None and len(self.artifacts) < ARTIFACTS_MAX
             case Reduce():
-                return self.given_values < GIVEN_VALUES_MAX
+                return self.call is None and self.given_values < GIVEN_VALUES_MAX
             case Terminal():
-                return self.printed_bytes < PRINTED_BYTES_MAX
-        return self._fits_into_body(record)
-
-    def _fits_into_body(self, record: Record | Points) -> bool:
-        metrics, params, tags = len(self.metrics), len(self.params), len(self.tags)
-        if not metrics + params + tags:
-            return True
-        if self.bytes_estimate + _body_bytes(record) > BODY_BYTES_MAX:
-            return False
-        match record:
+                return self.call is None and self.printed_bytes < PRINTED_BYTES_MAX
             case Metrics() | Combined():
-                metrics += len(record.keys)
+                return self._has_room(_body_bytes(record), metrics=len(record.keys))
             case Points():
-                metrics += len(record.metrics)
+                return self._has_room(_body_bytes(record), metrics=len(record.metrics))
             case Params():
-                params += len(record.items)
+                return self._has_room(_body_bytes(record), params=len(record.items))
             case Tags():
-                tags += len(record.items)
+                return self._has_room(_body_bytes(record), tags=len(record.items))
+        return self._has_room(0)
+
+    def _has_room(self, size: int, metrics: int = 0, params: int = 0, tags: int = 0) -> bool:
+        if self.call is not None:
+            return False
+        if not (self.metrics or self.params or self.tags):
+            return True
+        metrics += len(self.metrics)
+        params += len(self.params)
+        tags += len(self.tags)
         return (
-            metrics <= METRICS_MAX
+            self.bytes_estimate + size <= BODY_BYTES_MAX
+            and metrics <= METRICS_MAX
             and params <= PARAMS_MAX
             and tags <= TAGS_MAX
             and metrics + params + tags <= ENTITIES_MAX
         )
+
+    def take_metrics(self, record: Metrics) -> bool:
+        """Take metrics in if there is room; return whether there was.
+
+        In one go, and looked at once: nearly all records are metrics, and a lane's CPU is theirs.
+        """
+        size = _body_bytes(record)
+        if not self._has_room(size, metrics=len(record.keys)):
+            return False
+        self._add_metrics(record, size)
+        return True
+
+    def _add_metrics(self, record: Metrics, size: int) -> None:
+        timestamp_ms, steps, keys, values = record
+        self.bytes_estimate += size
+        self.last_record_ms = max(self.last_record_ms, timestamp_ms)
+        self.metrics += zip(keys, values, [timestamp_ms] * len(keys), steps, strict=True)
 
     def add(self, session: bytes, record: Record | Points, known_params: dict[str, str]) -> None:
         """Take a record in.
@@ -125,11 +142,12 @@ class Batch:
             known_params: those that the run has already, as far as is known; a different value for
                 one of them would make MLflow refuse the whole request.
         """
+        if isinstance(record, Metrics):
+            self._add_metrics(record, _body_bytes(record))
+            return
         self.last_record_ms = max(self.last_record_ms, record.timestamp_ms)
         self.bytes_estimate += _body_bytes(record)
         match record:
-            case Metrics(timestamp_ms, steps, keys, values):
-                self.metrics += zip(keys, values, [timestamp_ms] * len(keys), steps, strict=True)
             case Points():
                 self.metrics += record.metrics
             case Params():
@@ -244,9 +262,7 @@ def _body_bytes(record: Record | Points) -> int:
             keys = sum(len(metric[0].encode()) for metric in record.metrics)
             return keys + _METRIC_OVERHEAD_BYTES * len(record.metrics)
         case Metrics() | Combined():
-            keys = len(
-                "".join(record.keys).encode()
-            )  # asked twice of each record: no loop in Python
+            keys = len("".join(record.keys).encode())  # of each record: no loop in Python
             return keys + _METRIC_OVERHEAD_BYTES * len(record.keys)
         case Params() | Tags():
             return 4 * sum(len(key) + len(value) for key, value in record.items.items())

@@ -106,6 +106,10 @@ class Batches:
             entry = Entry("record", "", base64.b64encode(raw).decode(), 0, None)
             batch.objections.append(Objection(entry, str(error)))
             return True
+        if isinstance(record, records.Metrics):
+            has_room = batch.take_metrics(record)
+            batch.records += has_room
+            return has_room
         if not batch.has_room_for(record):
             return False
         if isinstance(record, records.Params | records.Tags):

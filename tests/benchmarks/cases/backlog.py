@@ -82,7 +82,7 @@ def _status_ms(node: BenchNode) -> tuple[float, dict]:
 
 def _return(bench: Bench, outcome: Outcome) -> None:
     """The server comes back: the rate at which a backlog goes, over time; and its space."""
-    points = bench.pick(20_000, 160_000, OUTAGE_POINTS)
+    points = bench.pick(20_000, 640_000, OUTAGE_POINTS)
     load = Load(8, frames=points // 8 // 10 // 250, records=250, distinct=True)
     lines: dict[str, list[tuple[float, float]]] = {}
     rows: list[list] = []

@@ -4,7 +4,8 @@
 
 Job:    mode ("relay" or "bare"), endpoint, run_id, first (number of the first client), clients,
         runs (spread over so many runs), frames (per client), records (per frame), metrics (per
-        record), distinct (each frame with points of its own). Prints "ready", waits for a line, sends, prints JSON: begin_s and end_s (monotonic
+        record), distinct (each frame with points of its own).
+        Prints "ready", waits for a line, sends, prints JSON: begin_s and end_s (monotonic
         clock), points, bytes, attach_s (of all), and ack_ms: how long each frame waited.
 """
 
@@ -21,12 +22,14 @@ from mlflow_relay import frames, messages, records
 WINDOW_BYTES = 1 << 20  # as sender.WINDOW_BYTES
 
 
-def body(count: int, metrics: int, first_step: int = 0) -> bytes:
+def body(count: int, metrics: int, first_step: int = 0, offset: float = 0.0) -> bytes:
     packer = records.MetricsPacker()
     keys = [f"train/loss_{index}" for index in range(metrics)]
     now_ms = time.time_ns() // 1_000_000
     entries = [
-        frames.pack_entry(packer.pack(dict.fromkeys(keys, step * 1.1), step, now_ms + step))
+        frames.pack_entry(
+            packer.pack(dict.fromkeys(keys, step * 1.1 + offset), step, now_ms + step)
+        )
         for step in range(first_step, first_step + count)
     ]
     return b"".join(entries)
@@ -39,13 +42,16 @@ class Client:
         self.session = number.to_bytes(16, "little")
         self.run_id = f"{number % job['runs'] + job['run_id']:032x}"
         count = job["records"]
-        # The same points in each frame, unless MLflow is to see them: it looks for such doubles.
+        # The same points in each frame, unless MLflow is to see them: doubles, also of two clients
+        # within one millisecond, cost it a search of all that the run has.
         self.frames = [
             frames.pack_frame(
                 self.session,
                 index * count,
                 count,
-                body(count, job["metrics"], index * count) if job["distinct"] else content,
+                body(count, job["metrics"], index * count, number / 1e3)
+                if job["distinct"]
+                else content,
             )
             for index in range(job["frames"])
         ]
