@@ -91,12 +91,12 @@ class Delivery:
                 self._busy[lane] = due_s if planned_s is None else min(due_s, planned_s)
             elif lane not in self._due_s or due_s < self._due_s[lane]:
                 self._plan(lane, due_s)
+                self._changed.notify()
 
     def _plan(self, lane: Lane, due_s: float) -> None:
-        """Work a lane then; under the lock."""
+        """Work a lane then; under the lock. Somebody has to look who waits for what is due."""
         self._due_s[lane] = due_s
         heapq.heappush(self._due, (due_s, next(self._order), lane))
-        self._changed.notify()
 
     def _work(self) -> None:
         while (lane := self._take()) is not None:
@@ -129,11 +129,17 @@ class Delivery:
                     del self._due_s[lane]
                     self._parked.discard(lane)
                     self._busy[lane] = None
+                    if self._due:
+                        self._changed.notify()  # another thread waits for the rest
                     return lane
             return None
 
     def _give_back(self, lane: Lane, delay_s: float | None) -> None:
-        """In one breath: a lane that is seen neither at work nor due has nothing left to do."""
+        """In one breath: a lane that is seen neither at work nor due has nothing left to do.
+
+        Nobody is woken: the thread that gives it back is the next to look, and where its data are
+        in the cache the next request takes less.
+        """
         due_s = None if delay_s is None else time.monotonic() + delay_s
         with self._changed:
             again_s = self._busy.pop(lane)

@@ -86,6 +86,13 @@ def _compare(bench: Bench, outcome: Outcome, database: str, server: MlflowServer
             "µs",
             most=3,
         ),
+        Target(
+            f"{database}: daemon CPU to that of the bare loop",
+            ratio(cpu_us[f"{OWN}, 1 run"], cpu_us["log_batch loop, 1 threads"]),
+            "",
+            most=3 / 19,  # DESIGN 12: what the stock client takes on the machine of the targets
+            is_ratio=True,
+        ),
     ]
 
 
