@@ -7,7 +7,6 @@ import random
 import signal
 import sys
 import threading
-from collections import Counter
 from pathlib import Path
 
 from mlflow_relay_daemon.control_client import ControlClient, NoDaemon
@@ -16,6 +15,7 @@ from tests.crash.cases.disk import BadDisk as BadSpool
 from tests.crash.child import Child
 from tests.crash.outcome import Job, Outcome
 from tests.crash.scripted_rank import ScriptedRank, check_all
+from tests.crash.side_by_side import try_all
 from tests.crash.tracer import Call, Ended, run_traced, why_not
 from tests.support import MlflowServer
 from tests.support.relay import PATIENCE_S, Node, wait_until
@@ -72,15 +72,11 @@ def run(job: Job) -> Outcome:
     outcome.skipped = why_not()
     if outcome.skipped:
         return outcome
-    kinds: Counter[str] = Counter()
     with MlflowServer(job.folder / "mlflow") as server:
         plans = all_plans(job, server)
         outcome.goal = len(plans)
         random.Random(job.seed).shuffle(plans)  # a short run tries some of each kind
-        for number, plan in enumerate(plans):
-            if job.is_over:
-                break
-            kinds.update(try_plan(job.folder / str(number), server, plan, outcome))
+        kinds = try_all(job, server, plans, outcome)
     outcome.figures = {f"failed {name}": f"{count:,}" for name, count in sorted(kinds.items())}
     return outcome
 

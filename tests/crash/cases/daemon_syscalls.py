@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-from tests.crash.cases.daemon_disk import calls_of_a_life, try_plan
+from tests.crash.cases.daemon_disk import calls_of_a_life
 from tests.crash.cases.disk import Plan
 from tests.crash.outcome import Job, Outcome
+from tests.crash.side_by_side import try_all
 from tests.crash.tracer import KILL, why_not
 from tests.support import MlflowServer
 
@@ -23,7 +22,6 @@ def run(job: Job) -> Outcome:
     outcome.skipped = why_not()
     if outcome.skipped:
         return outcome
-    kinds: Counter[str] = Counter()
     with MlflowServer(job.folder / "mlflow") as server:
         plans = [
             Plan("", number, KILL, killed_at=int(is_heir))
@@ -31,9 +29,6 @@ def run(job: Job) -> Outcome:
             for number, _ in enumerate(calls_of_a_life(job, server, is_heir=is_heir), 1)
         ]
         outcome.goal = len(plans)
-        for number, plan in enumerate(plans):
-            if job.is_over:
-                break
-            kinds.update(try_plan(job.folder / str(number), server, plan, outcome))
+        kinds = try_all(job, server, plans, outcome)
     outcome.figures = {f"at {name}": f"{count:,}" for name, count in sorted(kinds.items())}
     return outcome
