@@ -497,7 +497,7 @@ def test_a_server_that_stumbles_over_everything_makes_no_dead_letters(life, sink
     assert life.run.waiting_records() == 5
     assert life.lane.last_error == "the database is locked"
 
-    sink.objects_to = lambda entry: None
+    sink.objects_to = None
     life.insist()
     assert points_in(sink.only_run()) == points_of(*range(5))
     assert life.letters.count == 0
@@ -628,7 +628,7 @@ def test_dead_letters_are_delivered_when_they_are_welcome(life, sink):
     assert life.lane.retry_letters(None) == 0
     assert life.letters.count == 5
 
-    sink.objects_to = lambda entry: None
+    sink.objects_to = None
     first = life.letters.list()[0].id
     assert life.lane.retry_letters({first, 999}) == 1
     assert life.letters.count == 4

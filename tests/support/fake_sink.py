@@ -56,7 +56,7 @@ class FakeSink:
         self.batches: list[tuple[str, int, int, int]] = []
         self.before: Callable[[str, int], None] = lambda name, number: None
         self.after: Callable[[str, int], None] = lambda name, number: None
-        self.objects_to: Callable[[Entry], SinkError | None] = lambda entry: None
+        self.objects_to: Callable[[Entry], SinkError | None] | None = None
         self.is_closed = False
         self.at_once: dict[str, int] = {}  #: most requests under way at once, by run
         self._under_way: dict[str, int] = {}
@@ -210,6 +210,8 @@ class FakeSink:
     def _object(
         self, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[Tag]
     ) -> None:
+        if self.objects_to is None:
+            return
         entries = [Entry("metric", key, value, ms, step) for key, value, ms, step in metrics]
         entries += [Entry("param", key, value, 0, None) for key, value in params]
         entries += [Entry("tag", key, value, 0, None) for key, value in tags]
