@@ -58,6 +58,7 @@ class Target:
     Args:
         least, most: the bound, as DESIGN has it.
         is_ratio: of two things measured by turns in this run: the short form fails on these.
+        beside: what the same run shows of this machine: a floor, or what another one takes.
     """
 
     what: str
@@ -66,6 +67,7 @@ class Target:
     least: float | None = None
     most: float | None = None
     is_ratio: bool = False
+    beside: str = ""
 
     def is_met(self, slack: float = 1.0) -> bool:
         """Args: slack: above 1, how far the value may lie behind its bound (short runs are noisy)."""
@@ -77,8 +79,8 @@ class Target:
     def bound(self) -> str:
         """The bound in words."""
         if self.least is not None:
-            return f"≥ {self.least:g} {self.unit}".strip()
-        return f"≤ {self.most:g} {self.unit}".strip()
+            return f"≥ {self.least:.3g} {self.unit}".strip()
+        return f"≤ {self.most:.3g} {self.unit}".strip()
 
 
 @dataclass

@@ -15,7 +15,7 @@ def as_text(outcome: Outcome) -> str:
     """Return an outcome for a terminal."""
     parts = [_table(table) for table in outcome.tables]
     parts += [
-        f"{_mark(each)} {each.what}: {cell(each.value)} {each.unit} ({each.bound})"
+        f"{_mark(each)} {each.what}: {cell(each.value)} {each.unit} ({each.bound}) {each.beside}"
         for each in outcome.targets
     ]
     parts += [f"skipped: {each}" for each in outcome.skipped]
@@ -59,11 +59,17 @@ def _page(found: dict[str, Any], outcomes: dict[str, Outcome], folder: str) -> s
 
 def _targets(outcomes: dict[str, Outcome]) -> str:
     rows: list[list[Cell]] = [
-        [target.what, target.bound, f"{cell(target.value)} {target.unit}".strip(), _mark(target)]
+        [
+            target.what,
+            target.bound,
+            f"{cell(target.value)} {target.unit}".strip(),
+            _mark(target),
+            target.beside,
+        ]
         for outcome in outcomes.values()
         for target in outcome.targets
     ]
-    return _rows(["what", "target", "measured", ""], rows)
+    return _rows(["what", "target", "measured", "", "of this machine, in the same run"], rows)
 
 
 def _ahead(outcomes: dict[str, Outcome]) -> str:
