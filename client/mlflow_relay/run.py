@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
-import threading
-import weakref
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
 from time import time_ns
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from . import clock, fluent, records, settings, values
+from . import clock, endings, fluent, records, settings, values
 from .artifacts import ArtifactCalls
 from .autostart import start_daemon
 from .errors import RelayError
@@ -34,9 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlflow_relay")
 
 RANK_METRICS = ("prefix", "zero", "all")
-_REASON_BYTES_MAX = 2000  # it must fit into journal.END_BYTES_MAX
 
-_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 _started = 0  # start_run calls of this process that came to something
 
 
@@ -120,7 +114,7 @@ def start_run(
         run.log_params(params or {})
         run.set_tags(tags or {})
     except (TypeError, ValueError) as error:
-        run.end("FAILED", reason=_describe(error))
+        run.end("FAILED", reason=endings.describe(error))
         raise
     fluent.set_active(run)
     return run
@@ -199,7 +193,7 @@ class Run(ArtifactCalls):
             raise
         self._ended = self._is_cut_off = False
         _started = ordinal
-        _runs.add(self)
+        endings.open_runs.add(self)
 
     # ── logging ──
 
@@ -297,10 +291,10 @@ class Run(ArtifactCalls):
         # Only if it is this process's own: a forked child that logged nothing has nothing to end.
         session = self._session
         if session is not None:
-            session.journal.seal(records.pack_end(status, _cut(reason), clock.now_ms()))
+            session.journal.seal(records.pack_end(status, endings.cut(reason), clock.now_ms()))
         self._ended = True
         fluent.clear_active(self)
-        _runs.discard(self)
+        endings.open_runs.discard(self)
         if session is not None and not session.end(self._end_timeout_s):
             log.warning(
                 "no daemon has acknowledged the last %d records of run %s; they are kept in %s "
@@ -330,8 +324,7 @@ class Run(ArtifactCalls):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        status = _status_of(error)
-        self.end(status, reason="" if error is None or status == "FINISHED" else _describe(error))
+        endings.end_by(self, error)
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "running"
@@ -340,7 +333,7 @@ class Run(ArtifactCalls):
     # ── the session ──
 
     def _open_session(self) -> Session:
-        _end_at_exit_of_worker()
+        endings.end_at_exit_of_worker()
         return Session(
             self._card,
             socket=self._socket,
@@ -418,70 +411,9 @@ def _node_rank(who: Launch) -> dict[str, int]:
     return {}
 
 
-def _status_of(error: BaseException | None) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "KILLED"
-    if error is None or (isinstance(error, SystemExit) and not error.code):
-        return "FINISHED"
-    return "FAILED"
-
-
-def _describe(error: BaseException) -> str:
-    return _cut(f"{type(error).__name__}: {error}")
-
-
-def _cut(text: str) -> str:
-    return text.encode(errors="replace")[:_REASON_BYTES_MAX].decode(errors="ignore")
-
-
-def _end_at_exit() -> None:
-    """Runs that nobody ended: FINISHED, unless the interpreter is leaving with an exception."""
-    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-    _end_all(error)
-
-
-def _end_all(error: BaseException | None) -> None:
-    status = _status_of(error)
-    for run in list(_runs):
-        run.end(status, reason="" if error is None or status == "FINISHED" else _describe(error))
-
-
 def _after_fork_in_child() -> None:
-    for run in list(_runs):
+    for run in list(endings.open_runs):
         run._forked()  # noqa: SLF001  # the same room
 
 
-def _end_at_exit_of_worker() -> None:
-    """multiprocessing's children leave by os._exit, past atexit; they have hooks of their own."""
-    process = sys.modules.get("multiprocessing.process")
-    util = sys.modules.get("multiprocessing.util")
-    if process is None or util is None or process.parent_process() is None:
-        return
-    register = getattr(threading, "_register_atexit", None)
-    if sys.version_info >= (3, 13) and register is not None:
-        register(_end_as_worker_did)
-        return
-    # Called while the exception that ends the child, if any, is still being handled. What is being
-    # handled now is the parent's, in whose `except` the child was forked.
-    parents = sys.exc_info()[1]
-
-    def end() -> None:
-        error = sys.exc_info()[1]
-        _end_all(None if error is parents else error)
-
-    util.Finalize(None, end, exitpriority=0)
-
-
-def _end_as_worker_did() -> None:
-    """Since Python 3.13 the exception is over when the hooks run. Its exit code is not: it waits in
-    the frame that has caught it."""
-    frame: FrameType | None = sys._getframe()  # noqa: SLF001
-    while frame is not None and frame.f_code.co_name != "_bootstrap":
-        frame = frame.f_back
-    code = 0 if frame is None else frame.f_locals.get("exitcode", 0)
-    for run in list(_runs):
-        run.end("FAILED" if code else "FINISHED", reason=f"exit code {code}" if code else "")
-
-
-atexit.register(_end_at_exit)
 os.register_at_fork(after_in_child=_after_fork_in_child)
