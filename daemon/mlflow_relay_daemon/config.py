@@ -14,9 +14,7 @@ import dataclasses
 import difflib
 import os
 import socket as sockets
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,23 +27,15 @@ from mlflow_relay_daemon.setting import (
     Setting,
     parse_value,
     shown,
-    shown_key,
     shown_path,
     size_text,
 )
-from mlflow_relay_daemon.words import KB, MB, TB, one_line
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from mlflow_relay_daemon.settings_file import find_file, read_file, xdg_folder
+from mlflow_relay_daemon.words import KB, MB, TB
 
 __all__ = ["SETTINGS", "Config", "ConfigError", "describe", "load_config", "unknown_variables"]
 
-SYSTEM_FILE = Path("/etc/mlflow-relay.toml")
-FILE_NAME = "mlflow-relay.toml"
 CREDENTIAL = "mlflow-token"
-FILE_BYTES_MAX = 1_000_000  # a settings file has a few lines; anything longer is a wrong path
 
 
 def _setting(kind: str, help: str, **more: Any) -> dict[str, Any]:
@@ -54,7 +44,7 @@ def _setting(kind: str, help: str, **more: Any) -> dict[str, Any]:
 
 def state_home(environ: Mapping[str, str] | None = None) -> Path:
     """Return the folder that holds the spools of all nodes and the embedded MLflow store."""
-    return _xdg("XDG_STATE_HOME", ".local/state", environ) / "mlflow-relay"
+    return xdg_folder("XDG_STATE_HOME", ".local/state", environ) / "mlflow-relay"
 
 
 def default_spool(environ: Mapping[str, str] | None = None) -> Path:
@@ -296,7 +286,7 @@ def _offers(
             yield name, environ[setting.variable], setting.variable
     path = find_file(config_file, environ)
     if path is not None:
-        for name, raw in _read_file(path).items():
+        for name, raw in read_file(path, SETTINGS).items():
             yield name, raw, shown_path(path)
     credential = Path(environ.get("CREDENTIALS_DIRECTORY", ""), CREDENTIAL)
     if credential.is_absolute() and credential.exists():  # systemd.exec(5), LoadCredential=
@@ -318,62 +308,6 @@ def _check_socket_length(config: Config) -> None:
         )
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-def find_file(config_file: Path | str | None, environ: Mapping[str, str]) -> Path | None:
-    """Return the settings file in force; one that was named must exist, the others may."""
-    if config_file is not None:
-        return _named_file(config_file, "flag --config")
-    if environ.get("MLFLOW_RELAY_CONFIG"):
-        return _named_file(environ["MLFLOW_RELAY_CONFIG"], "MLFLOW_RELAY_CONFIG")
-    candidates = [SYSTEM_FILE]
-    with suppress(ConfigError):  # a system service has no home, and needs none for /etc
-        candidates.insert(0, _xdg("XDG_CONFIG_HOME", ".config", environ) / FILE_NAME)
-    return next((path for path in candidates if os.path.lexists(path)), None)
-
-
-def _named_file(name: Path | str, where: str) -> Path:
-    path = parse_value(Setting("config", "path", ""), str(name), where)
-    assert isinstance(path, Path)
-    if not os.path.lexists(path):
-        raise ConfigError(f"{where}: there is no file {shown_path(path)}: create it or drop it")
-    return path
-
-
-def _read_file(path: Path) -> dict[str, object]:
-    where = shown_path(path)
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE_BYTES_MAX + 1)
-    except OSError as error:
-        raise ConfigError(
-            f"{where}: cannot be read: {error.strerror}: mend its permissions, or name another "
-            "file with --config"
-        ) from None
-    if len(data) > FILE_BYTES_MAX:
-        raise ConfigError(
-            f"{where}: is over {size_text(FILE_BYTES_MAX)}, which no settings file is: name "
-            "another with --config"
-        )
-    try:
-        table: dict[str, object] = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError included
-        reason = one_line(str(error)) or type(error).__name__
-        raise ConfigError(f"{where}: is not TOML: {reason[:200]}") from None
-    for key in table:
-        if key not in SETTINGS:
-            raise ConfigError(f"{where}: {shown_key(key)} is no setting{_hint(key)}")
-    return table
-
-
-def _hint(key: str) -> str:
-    close = difflib.get_close_matches(key.lower().replace("-", "_"), SETTINGS, n=1)
-    if close:
-        return f": did you mean {close[0]}?"
-    return f": allowed are {', '.join(sorted(SETTINGS))}"
-
-
 def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return variables that look like a misspelt setting, each with the setting it resembles.
 
@@ -388,9 +322,6 @@ def unknown_variables(environ: Mapping[str, str] | None = None) -> dict[str, str
             if close:
                 found[variable] = close[0]
     return found
-
-
-# --- words ------------------------------------------------------------------------------------
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:
@@ -414,16 +345,3 @@ def describe(config: Config) -> list[tuple[str, str, str]]:
             text = f"{value:.9g}" if isinstance(value, float) else str(value)
         rows.append((name, text, config.origin.get(name, "default")))
     return rows
-
-
-def _xdg(variable: str, fallback: str, environ: Mapping[str, str] | None) -> Path:
-    environ = os.environ if environ is None else environ
-    value = Path(environ.get(variable, ""))
-    if value.is_absolute():  # the XDG specification: relative ones are to be ignored
-        return value
-    try:
-        return Path(environ.get("HOME") or Path.home()) / fallback
-    except RuntimeError:
-        raise ConfigError(
-            f"HOME and {variable} are not set: set one, or give --spool and --tracking-uri"
-        ) from None

@@ -27,7 +27,7 @@ QUICK_CASES = ("log_call", "intake", "delivery")
 #: How far a ratio of the short form may lie behind its bound: it is measured for seconds.
 QUICK_SLACK = 1.25
 #: The whole is to take 20 minutes at most: no case is begun after this time.
-BEGIN_WITHIN_S = 17 * 60
+BEGIN_WITHIN_S = 18.5 * 60
 REPORT = CHECKOUT / "docs" / "benchmarks.md"
 
 

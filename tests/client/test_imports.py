@@ -50,7 +50,7 @@ FLOORS = [
         "reduction",
     ],
     ["states", "config", "control_client", "journal_folder", "foreign"],
-    ["setting", "counters", "access", "endpoint", "sensors", "screen"],
+    ["setting", "settings_file", "counters", "access", "endpoint", "sensors", "screen"],
     ["exits", "logs", "systemd", "witness", "words"],
 ]
 #: Rooms that stand lower than the folder they are in.

@@ -38,8 +38,7 @@ from rich.cells import cell_len
 
 from mlflow_relay._version import __version__
 from mlflow_relay.messages import CONTROL, REPLY, pack_map, unpack_map
-from mlflow_relay_daemon import config as config_module
-from mlflow_relay_daemon import exits
+from mlflow_relay_daemon import exits, settings_file
 from mlflow_relay_daemon.cli import COMMANDS, cli
 from mlflow_relay_daemon.commands import _select, check, flush, status, url
 from mlflow_relay_daemon.config import SETTINGS
@@ -163,7 +162,7 @@ def place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Commands of these tests find nothing of this machine; returns the socket they use."""
     for variable in [v for v in os.environ if v.startswith("MLFLOW_")]:
         monkeypatch.delenv(variable)
-    monkeypatch.setattr(config_module, "SYSTEM_FILE", folder / "etc.toml")
+    monkeypatch.setattr(settings_file, "SYSTEM_FILE", folder / "etc.toml")
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlflow_relay_daemon import config as config_module
+from mlflow_relay_daemon import settings_file
 from mlflow_relay_daemon.commands.check import settings_lines
 from mlflow_relay_daemon.config import (
     SETTINGS,
@@ -30,7 +30,7 @@ from mlflow_relay_daemon.setting import parse_size, size_text
 
 @pytest.fixture(autouse=True)
 def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(config_module, "SYSTEM_FILE", tmp_path / "etc" / "mlflow-relay.toml")
+    monkeypatch.setattr(settings_file, "SYSTEM_FILE", tmp_path / "etc" / "mlflow-relay.toml")
     monkeypatch.delenv("MLFLOW_RELAY_SOCKET", raising=False)
 
 
@@ -80,7 +80,7 @@ def test_the_first_file_that_exists_is_read_and_no_other(
     tmp_path: Path, home: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     system = write(tmp_path / "etc.toml", "log_level = 'error'\nbatch_age_s = 7\n")
-    monkeypatch.setattr(config_module, "SYSTEM_FILE", system)
+    monkeypatch.setattr(settings_file, "SYSTEM_FILE", system)
     assert load_config(environ=home).log_level == "error"
     write(tmp_path / ".config" / "mlflow-relay.toml", "log_level = 'warning'\n")
     assert load_config(environ=home).log_level == "warning"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlflow_relay.messages import pack_map, unpack_map
-from mlflow_relay_daemon import config as config_module
+from mlflow_relay_daemon import settings_file
 from mlflow_relay_daemon.cli import cli
 from mlflow_relay_daemon.commands._family import Family, everyone, top_of
 from mlflow_relay_daemon.commands._tree import Words
@@ -442,7 +442,7 @@ def test_the_first_word_is_a_run_or_a_command(
     a_run(spool, B, run_name="another").save_card()
     monkeypatch.setenv("MLFLOW_RELAY_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setenv("MLFLOW_RELAY_SOCKET", str(tmp_path / "no.sock"))
-    monkeypatch.setattr(config_module, "SYSTEM_FILE", tmp_path / "etc.toml")
+    monkeypatch.setattr(settings_file, "SYSTEM_FILE", tmp_path / "etc.toml")
     result = CliRunner().invoke(cli, ["lineage", *arguments])
     assert result.exit_code == 0, result.output
     shown_json = "--json" in arguments
