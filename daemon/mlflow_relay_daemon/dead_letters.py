@@ -63,7 +63,7 @@ class DeadLetters:
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk, self._path = disk, folder / NAME
         self._lock = threading.Lock()
-        self._name_is_synced = self._path.exists()
+        self._name_is_synced = False  # who made the file may have died before that
         letters = self.list()
         self.count = len(letters)
         self._next_id = 1 + max((letter.id for letter in letters), default=0)

@@ -39,6 +39,7 @@ MENDED = (
     "a write over HTTP, answered with 200, was lost after an fsync and a cut-back that had failed",
     "a run that the disk did not let be read waited for the next start of the daemon",
     "the counters of a damaged journal were believed",
+    "dead letters whose file had failed its first fsync under another daemon had no name on the disk",
     "a journal that could not be given its name was no JournalError for its rank",
     "a staged file that could not be removed ended the thread of all uploads",
     "a server that answers 500 by chance made dead letters of good points",

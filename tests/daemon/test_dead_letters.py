@@ -36,6 +36,16 @@ def same(found: Entry, expected: Entry) -> bool:
     return found == expected
 
 
+def test_a_file_whose_first_fsync_failed_has_a_name_before_the_next_daemon_says_so(tmp_path):
+    disk = FailingDisk()
+    disk.fail("sync", NAME)
+    with pytest.raises(OSError):
+        DeadLetters(disk, tmp_path).add([objection("a@b")], NOW_MS)
+    DeadLetters(disk, tmp_path).add([objection("a@b")], NOW_MS)
+
+    assert disk.count("sync_folder", tmp_path.name) == 1
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(objections=st.lists(OBJECTIONS, min_size=1, max_size=5))
 def test_what_was_refused_comes_back_with_its_reason(tmp_path, objections):

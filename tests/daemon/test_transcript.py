@@ -35,6 +35,17 @@ def test_what_comes_twice_is_taken_once(tmp_path: Path) -> None:
     assert again.text() == lines(0, 400) + b"another life\n"
 
 
+def test_a_folder_whose_name_could_not_be_synced_is_synced_before_anything_counts(tmp_path) -> None:
+    disk = FailingDisk()
+    disk.fail("sync_folder", tmp_path.name)
+    with pytest.raises(OSError):
+        Transcript(disk, tmp_path, 0).add([printed(0, lines(0, 5))])
+    assert (tmp_path / transcripts.FOLDER).is_dir()
+    Transcript(disk, tmp_path, 0).add([printed(0, lines(0, 5))])
+
+    assert disk.count("make_folder") == 2
+
+
 @pytest.mark.parametrize("operation", ["create", "write", "sync", "rename", "make_folder"])
 def test_what_the_disk_does_not_take_is_not_taken_and_comes_again(tmp_path, operation) -> None:
     disk = FailingDisk()

@@ -53,8 +53,7 @@ class TerminalOutput:
         disk, run_id = self._run.terminal.disk, self._run.card.run_id
         folder = self._run.folder.parent.parent / staging.NAME / run_id
         for each in (folder.parent, folder):
-            if not each.is_dir():
-                disk.make_folder(each)
+            disk.make_folder(each)
         name, path = uuid.uuid4().hex, ARTIFACT.format(rank=transcript.rank)
         fd = disk.create(folder / name)
         try:

@@ -47,6 +47,7 @@ class Transcript:
     def __init__(self, disk: Disk, run_folder: Path, rank: int) -> None:
         self.rank = rank
         self._disk, self._folder = disk, run_folder / FOLDER
+        self._folder_is_made = False
         self._state = self._read()
         self._screen = Screen(self._state["screen"])
 
@@ -94,8 +95,7 @@ class Transcript:
             state["part"] += 1
             state["text_bytes"] = 0
         path = self._text_path(state["part"])
-        if not self._folder.is_dir():
-            self._disk.make_folder(self._folder)
+        self._make_folder()
         fd = self._disk.open(path) if path.exists() else self._disk.create(path)
         try:
             self._disk.truncate(fd, state["text_bytes"])
@@ -105,9 +105,14 @@ class Transcript:
             os.close(fd)
         state["text_bytes"] += len(data)
 
-    def _save(self, state: dict[str, Any]) -> None:
-        if not self._folder.is_dir():
+    def _make_folder(self) -> None:
+        """Also where it is there: who made it may have died before its name was on the disk."""
+        if not self._folder_is_made:
             self._disk.make_folder(self._folder)
+            self._folder_is_made = True
+
+    def _save(self, state: dict[str, Any]) -> None:
+        self._make_folder()
         self._disk.replace(self._state_path, json.dumps(state).encode(), durable=True)
         old, self._state = self._state, state
         if old["part"] < state["part"]:
