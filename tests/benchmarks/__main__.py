@@ -58,6 +58,7 @@ def main() -> int:
                 traceback.print_exc()
                 failed.append(name)
                 continue
+            os.sync()  # else the next case shares its cores with the writing of what this one left
             print(report.as_text(outcomes[name]), flush=True)
             print(f"({name}: {time.monotonic() - case_s:.0f} s)\n", flush=True)
     finally:
