@@ -134,11 +134,11 @@ def find_runs(
     """
     experiments = [each for each in sorted(folder.iterdir()) if each.name != TRASH]
     if include_deleted and (folder / TRASH).is_dir():
-        experiments += sorted((folder / TRASH).iterdir())
+        experiments += [each for each in sorted((folder / TRASH).iterdir()) if each.is_dir()]
     for experiment in experiments:
         try:
-            if not _holds(experiment, META):
-                continue
+            if experiment.parent == folder and not _holds(experiment, META):
+                continue  # in the trash there is nothing else
             name = experiment_name or str(_meta(experiment).get("name") or experiment.name)
             runs = sorted(experiment.iterdir())
         except (SourceError, OSError) as error:
