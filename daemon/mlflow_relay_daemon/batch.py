@@ -83,15 +83,17 @@ class Batch:
 
     def has_room_for(self, record: Record | Points) -> bool:
         """Return whether the record fits in; an empty batch has room for any."""
+        if self.call is not None:
+            return False
         match record:
             case Call():
                 return not self.records
             case Artifact():
-                return self.call is None and len(self.artifacts) < ARTIFACTS_MAX
+                return len(self.artifacts) < ARTIFACTS_MAX
             case Reduce():
-                return self.call is None and self.given_values < GIVEN_VALUES_MAX
+                return self.given_values < GIVEN_VALUES_MAX
             case Terminal():
-                return self.call is None and self.printed_bytes < PRINTED_BYTES_MAX
+                return self.printed_bytes < PRINTED_BYTES_MAX
             case Metrics() | Combined():
                 return self._has_room(_body_bytes(record), metrics=len(record.keys))
             case Points():
