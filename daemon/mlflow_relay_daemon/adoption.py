@@ -55,13 +55,17 @@ class Watcher:
 
     Args:
         folder: where sessions of this daemon's socket keep their journals.
+
+    Attributes:
+        is_behind: The last look ran out of time before all that dead ranks left was taken.
+        is_stuck: The disk did not let it take something.
     """
 
     def __init__(self, folder: Path, runs: Runs, counters: Counters) -> None:
-        self._folder, self._runs, self._counters = folder, runs, counters
+        self.folder, self._runs, self._counters = folder, runs, counters
         self._watched: dict[bytes, Watched] = {}
         self._vanished_are_closed = False
-        self.is_behind = False  #: the last look ended before it had seen to all journals
+        self.is_behind = self.is_stuck = False
 
     def look(self, heard_s: dict[bytes, float], now_s: float) -> list[bytes]:
         """Take over what dead ranks left.
@@ -72,27 +76,15 @@ class Watcher:
         Returns: sessions that are over: there will be nothing more of them.
         """
         try:
-            found = journal_folder.read(self._folder)
+            found = journal_folder.read(self.folder)
         except OSError as error:
-            self._trouble(self._folder, error)
+            self._trouble(self.folder, error)
             return []
         for path in found.nameless:
             self._runs.spool.quarantine(path, "it has the name of no session")
-        over: list[bytes] = []
-        self.is_behind = True
-        for session in [*found.bases, *found.orphans]:
-            if time.monotonic() - now_s > LOOK_BUDGET_S:
-                return over
-            try:
-                if session in found.bases or session in self._watched:
-                    is_dead = self._is_dead(session)
-                else:  # no lock to ask
-                    is_dead = session not in heard_s and _are_old(found.orphans[session])
-                if is_dead and self._adopt(session, now_s):
-                    over.append(session)
-            except (FormatError, RunLeftAlone, OSError) as error:
-                self._trouble(self._path(session), error)
-        self.is_behind = False
+        over = self._take_over(found, heard_s, now_s)
+        if self.is_behind:
+            return over
         present = found.bases.keys() | found.orphans.keys()
         for session in set(self._watched) - present:
             os.close(self._watched.pop(session).fd)
@@ -104,6 +96,30 @@ class Watcher:
             if session not in found.bases and now_s - then_s > UNSEEN_TIMEOUT_S
         ]
         return over + [session for session in unseen if self._close_unseen(session)]
+
+    def _take_over(
+        self, found: journal_folder.Contents, heard_s: Container[bytes], now_s: float
+    ) -> list[bytes]:
+        """Adopt what is dead; return the sessions of which nothing is left."""
+        over: list[bytes] = []
+        self.is_behind = self.is_stuck = False
+        for session in [*found.bases, *found.orphans]:
+            if time.monotonic() - now_s > LOOK_BUDGET_S:
+                self.is_behind = True
+                return over
+            try:
+                if session in found.bases or session in self._watched:
+                    is_dead = self._is_dead(session)
+                else:  # no lock to ask
+                    is_dead = session not in heard_s and _are_old(found.orphans[session])
+                if is_dead and self._adopt(session, now_s):
+                    over.append(session)
+                elif is_dead:
+                    self.is_behind = True
+            except (FormatError, RunLeftAlone, OSError) as error:
+                self.is_stuck |= isinstance(error, OSError)
+                self._trouble(self._path(session), error)
+        return over
 
     def _trouble(self, path: Path, error: Exception) -> None:
         """Count what stands in the way of a journal; it stays where it is and is tried again."""
@@ -124,7 +140,7 @@ class Watcher:
                 try:
                     self._runs.close_session(hosted, session, lost=0)
                 except OSError as error:
-                    self._trouble(self._folder, error)
+                    self._trouble(self.folder, error)
                     return
         self._vanished_are_closed = True
 
@@ -157,7 +173,7 @@ class Watcher:
     # ── looking ──
 
     def _path(self, session: bytes) -> Path:
-        return self._folder / (session.hex() + BASE_SUFFIX)
+        return self.folder / (session.hex() + BASE_SUFFIX)
 
     def _is_dead(self, session: bytes) -> bool:
         watched = self._watched.get(session)
@@ -201,7 +217,7 @@ class Watcher:
         Crash: safe at any line: files are removed only when their records are on the disk, and
             records that come twice are known by their sequence numbers.
         """
-        entries = journal_folder.entries_of(self._folder, session)
+        entries = journal_folder.entries_of(self.folder, session)
         try:
             hosted = self._identify(session, entries)
         except NotYours as error:
@@ -229,7 +245,7 @@ class Watcher:
         return True
 
     def _put_aside(self, session: bytes, why: object) -> None:
-        for each in (self._path(session), *journal_folder.entries_of(self._folder, session)):
+        for each in (self._path(session), *journal_folder.entries_of(self.folder, session)):
             if each.exists():
                 self._runs.spool.quarantine(each, why)
 

@@ -183,6 +183,13 @@ class Service:
                 f" and {plural(files, 'artifact')}" if files else "",
                 self._config.spool,
             )
+        if self._watcher.is_behind or self._watcher.is_stuck:
+            log.error(
+                "not all that dead ranks left in memory, in %s, is on the disk: start the daemon "
+                "here again before the machine is switched off",
+                self._watcher.folder,
+            )
+            return DEGRADED
         return DONE if not (left or files) or self._config.offline else DEGRADED
 
     def request_stop(self, _signum: int, _frame: FrameType | None) -> None:
@@ -274,9 +281,12 @@ class Service:
             self._uploads.look()
 
     def _is_delivered(self) -> bool:
-        """Return whether lanes and artifacts have nothing to do."""
+        """Return whether lanes and artifacts have nothing to do, nor will have when there is space
+        for what dead ranks left."""
         if self._delivery is None or self._uploads is None:
             return True
+        if self._watcher.is_behind or self._watcher.is_stuck:
+            return False
         is_idle = self._delivery.is_idle() and not self._combiner.is_waiting()
         return is_idle and self._uploads.is_idle()
 

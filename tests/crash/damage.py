@@ -179,6 +179,12 @@ class Daemon:
             os.close(watched.fd)
         self.spool.close()
 
+    def look(self) -> None:
+        """As often as it takes: on a busy machine the first look may run out of its time."""
+        self.watcher.look({}, time.monotonic())
+        while self.watcher.is_behind:
+            self.watcher.look({}, time.monotonic())
+
     def work(self, hosted: Hosted, steps: int = 1000) -> None:
         assert hosted.lane is not None
         for _ in range(steps):
@@ -205,7 +211,7 @@ def recover(scene: Scene, spoilt: Spoilt) -> Verdict:
         lay_out({**scene.files, spoilt.path: spoilt.apply(content)}, str(folder))
         with Daemon(folder, sink) as daemon:
             for _ in range(2):
-                daemon.watcher.look({}, time.monotonic())
+                daemon.look()
                 for hosted in list(daemon.runs.by_id.values()):
                     daemon.work(hosted)
             quarantined = daemon.spool.quarantined

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import urllib.request
@@ -51,6 +52,16 @@ ON_CALL = """
             calls += 1
         print(calls, flush=True)
     run.end()
+"""
+
+#: Logs thrice of what the smallest quota holds, and is killed.
+LARGE_TEXTS = """
+    import os, signal, sys, mlflow_relay
+    run = mlflow_relay.start_run(sys.argv[1], run_key=sys.argv[2], rank=0, world_size=1)
+    for i in range(1000):
+        run.log_metrics({"a": i, "b": -i}, step=i)
+        run.set_tags({"text": "x" * 3000 + str(i)})
+    os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -741,6 +752,48 @@ def test_an_offline_daemon_collects_without_a_connection_and_a_later_one_deliver
             found = stored(mlflow_server, run["mlflow_run_id"])
             assert (found.status, found.points) == ("FINISHED", steady_points(calls))
             assert proxy.connections > 0
+
+
+def test_an_offline_daemon_that_leaves_takes_from_memory_what_a_dead_rank_left(tmp_path):
+    """That may be more than one look takes, and the node may be switched off next."""
+    with Node(tmp_path / "node", "", settings={"offline": "true", "drain_timeout_s": 60}) as node:
+        rank = OnCall(node)
+        rank.log(400_000)  # tens of megabytes
+        rank.process.kill()
+        rank.process.wait()
+        node.start()
+        assert node.stop() == 0
+        assert list((node.runtime / "journals").iterdir()) == []
+        [run] = json.loads(node.command("status", "--json").stdout)["runs"]
+        assert run["accepted_records"] == 400_000
+
+
+@pytest.mark.parametrize(
+    "settings", [{"drain_timeout_s": 0}, {"spool_bytes_max": "2MB"}], ids=["no time", "no space"]
+)
+def test_a_daemon_that_has_to_leave_something_in_memory_says_where(tmp_path, settings):
+    with Node(tmp_path / "node", "", settings={"offline": "true", **settings}) as node:
+        rank = OnCall(node)
+        rank.log(400_000)
+        rank.process.kill()
+        rank.process.wait()
+        node.start()
+        assert node.stop() == 1
+        [line] = log_lines(node, "dead ranks left in memory")
+        assert str(node.runtime / "journals") in line
+
+
+def test_a_drain_makes_space_for_what_a_dead_rank_left(tmp_path, mlflow_server):
+    settings = {"spool_bytes_max": "1MB", "segment_bytes_max": "64kB", "drain_timeout_s": 60}
+    with Node(tmp_path / "node", mlflow_server.uri, settings=settings) as node:
+        rank = node.rank(LARGE_TEXTS, fresh_name("operators"), fresh_name("key"))
+        assert rank.wait(60) == -signal.SIGKILL
+        node.start()
+        assert node.stop() == 0
+        assert list((node.runtime / "journals").iterdir()) == []
+        [run] = json.loads(node.command("status", "--json").stdout)["runs"]
+        assert stored(mlflow_server, run["mlflow_run_id"]).points == points_of(1000)
+        assert log_lines(node, "the quota of 1000000 bytes is reached"), "it had no space"
 
 
 # ── coming and going ──
