@@ -46,6 +46,7 @@ MENDED = (
     "a request that takes longer than its time limit each time was sent for ever",
     "a card or a segment's head with a whole CRC and a field of a wrong type ended a start",
     "a daemon whose file descriptors were used up was ended by libzmq",
+    "a stop left in memory what of a dead rank's long journal one look had no time for",
 )
 
 _HEAD = """# Reliability
