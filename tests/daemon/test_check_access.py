@@ -85,10 +85,11 @@ def test_another_users_daemon_serves_those_who_may_make_journals(tmp_path):
 
 def test_a_logout_is_warned_of_where_systemd_cleans_up(tmp_path, monkeypatch):
     shm = config(tmp_path, socket="/dev/shm/somewhere/relay.sock")
+    elsewhere = config(tmp_path, socket="/var/somewhere/relay.sock")  # tests may run in /dev/shm
     monkeypatch.setattr(access.os, "getuid", lambda: 54_321)
     monkeypatch.setattr(access, "SYSTEMD", tmp_path)
     found = access.check_logout(shm)
     assert (found.state, "enable-linger" in found.mend) == (WARN, True)
-    assert access.check_logout(config(tmp_path)).state == OK
+    assert access.check_logout(elsewhere).state == OK
     monkeypatch.setattr(access, "SYSTEMD", tmp_path / "missing")
     assert access.check_logout(shm).state == OK
