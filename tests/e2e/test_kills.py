@@ -140,6 +140,7 @@ def test_every_call_that_returned_before_a_kill_at_any_moment_arrives(node, mlfl
         for step in range(20_000):
             run.log_metrics(metrics(0, step, 1), step=step)
             os.write(1, b".")
+        sys.stdin.read()  # until it is killed, however late that comes
     """
     keys = [f"any moment {number}" for number in range(6)]
     said = {}
