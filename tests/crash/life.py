@@ -100,7 +100,10 @@ def settle(recorder: RecordingOs, run: RunSpool, pieces: int) -> None:
             mark.settled_records += header.records
         mark.segment, mark.offset = behind
     mark.sequences = seen.save()
-    settled = {session: seen.next_seq(session) for session in SESSIONS}
+    # What was delivered once stays delivered, though a daemon that lost its watermark begins anew:
+    # the watermark of before may come back with the next power failure.
+    before = recorder.known.settled
+    settled = {each: max(before.get(each, 0), seen.next_seq(each)) for each in SESSIONS}
     recorder.known = replace(recorder.known, settled=settled)
     run.settle(mark)
     recorder.note("settled")
