@@ -169,7 +169,7 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
     # ── what is logged ──
 
     def log_metric(self, run_id: str, metric: Any) -> None:
-        self._log_metrics(run_id, (metric,))
+        self._log_metrics(run_id, (metric,), self._checked((metric,)))
 
     def log_param(self, run_id: str, param: Any) -> None:
         validation._validate_param(param.key, param.value)  # noqa: SLF001  # MLflow's own rules
@@ -184,12 +184,12 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
     ) -> None:
         """Log what one request may hold; all of it is checked before any of it is kept."""
         validation._validate_batch_log_limits(metrics, params, tags)  # noqa: SLF001
-        self._check_metrics(metrics)
+        points = self._checked(metrics)
         if params or tags:
             validation._validate_batch_log_data((), params, tags)  # noqa: SLF001
             validation._validate_param_keys_unique(params)  # noqa: SLF001
             self._log_params(run_id, {each.key: each.value for each in params})
-        self._log_metrics(run_id, metrics)
+        self._log_metrics(run_id, metrics, points)
         if tags:
             items = {each.key: _text(each) for each in tags}
             self._append_texts(run_id, records.pack_tags, items)
@@ -206,36 +206,41 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
             done.set_exception(error)
         return RunOperations([done])
 
-    def _log_metrics(self, run_id: str, metrics: Sequence[Any]) -> None:
-        self._check_metrics(metrics)
-        if any(each.model_id or each.dataset_name for each in metrics if hasattr(each, "model_id")):
+    def _log_metrics(
+        self, run_id: str, metrics: Sequence[Any], points: Sequence[tuple[str, float, int, int]]
+    ) -> None:
+        if any(
+            getattr(each, "model_id", None) or getattr(each, "dataset_name", None)
+            for each in metrics
+        ):
             super().log_batch(run_id, metrics, [], [])  # it belongs to a model, too
             return
-        by_time: dict[int, list[Any]] = {}
-        for each in metrics:
-            by_time.setdefault(each.timestamp, []).append(each)
-        for timestamp_ms, part in by_time.items():
-            record = records.pack_points(
-                [each.key for each in part],
-                [each.value for each in part],
-                [each.step for each in part],
-                timestamp_ms,
-            )
-            self._writer(run_id).append(record)
+        times_ms = dict.fromkeys(timestamp_ms for *_, timestamp_ms in points)
+        for now_ms in times_ms:  # one, as a rule
+            part = points if len(times_ms) == 1 else [each for each in points if each[3] == now_ms]
+            keys, values, steps, _ = zip(*part, strict=True)
+            self._writer(run_id).append(records.pack_points(keys, values, steps, now_ms))
 
-    def _check_metrics(self, metrics: Sequence[Any]) -> None:
-        """Raises: MlflowException: MLflow would not take one."""
+    def _checked(self, metrics: Sequence[Any]) -> list[tuple[str, float, int, int]]:
+        """Return (key, value, step, timestamp in ms) of each: what MLflow's entities hold is slow
+        to ask for.
+
+        Raises: MlflowException: MLflow would not take one.
+        """
+        points = []
         for each in metrics:
-            is_plain = type(each.timestamp) is int and type(each.step) is int
-            if each.key in self._good_keys and type(each.value) in _NUMBERS and is_plain:
-                continue
-            validation._validate_metric(each.key, each.value, each.timestamp, each.step)  # noqa: SLF001
-            if not (is_plain and type(each.value) in _NUMBERS):
-                each._value = float(each.value)  # noqa: SLF001
-                each._timestamp, each._step = int(each.timestamp), int(each.step)  # noqa: SLF001
-            if len(self._good_keys) >= _GOOD_KEYS_MAX:
-                self._good_keys.clear()
-            self._good_keys.add(each.key)
+            key, value, step, timestamp_ms = each.key, each.value, each.step, each.timestamp
+            is_plain = type(value) in _NUMBERS and type(timestamp_ms) is int and type(step) is int
+            if not (is_plain and key in self._good_keys):
+                validation._validate_metric(key, value, timestamp_ms, step)  # noqa: SLF001
+                if not is_plain:
+                    value, step, timestamp_ms = float(value), int(step), int(timestamp_ms)
+                    each._value, each._step, each._timestamp = value, step, timestamp_ms  # noqa: SLF001
+                if len(self._good_keys) >= _GOOD_KEYS_MAX:
+                    self._good_keys.clear()
+                self._good_keys.add(key)
+            points.append((key, value, step, timestamp_ms))
+        return points
 
     def _log_params(self, run_id: str, items: dict[str, str]) -> None:
         if not items:
