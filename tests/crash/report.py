@@ -47,6 +47,7 @@ MENDED = (
     "a card or a segment's head with a whole CRC and a field of a wrong type ended a start",
     "a daemon whose file descriptors were used up was ended by libzmq",
     "a stop left in memory what of a dead rank's long journal one look had no time for",
+    "a rank that came and failed between two looks had no say in the end of its run",
 )
 
 _HEAD = """# Reliability

@@ -544,6 +544,18 @@ def test_a_rank_that_came_and_went_since_the_end_was_told_is_told_to_the_other_n
     assert run.info.status == "FINISHED"
 
 
+def test_a_rank_that_came_and_went_before_anybody_looked_has_its_say_in_the_end(mlflow, node):
+    """Of ranks that nobody launched it is not known on how many nodes they are: when the first has
+    ended, the others are taken for another node's."""
+    ranks = {"world_size": 2, "node_count": 0}
+    run_id = node.start("job", rank=0, **ranks).log().end()
+    node.work()
+    assert mlflow.of(run_id).info.status == "RUNNING"
+    node.start("job", rank=1, **ranks).log().end("FAILED")
+    node.work()
+    assert mlflow.of(run_id).info.status == "FAILED"
+
+
 def test_a_run_that_failed_and_then_ended_well_has_no_reason_left(mlflow, node, other_node):
     node.start("job").log().vanish()
     node.work()

@@ -76,7 +76,7 @@ class Ending:
             self._settle(own, len(sessions))
             return
         words = rank_words(sessions, mark.last_record_ms)
-        if not self._is_alone():
+        if self._said or not self._is_alone():  # what it has said may be of fewer ranks
             self._say(words)
         info = self._ask()
         if not self._said and self._others_took_part(info.tags):
