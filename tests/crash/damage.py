@@ -263,7 +263,7 @@ def check(scene: Scene, spoilt: Spoilt) -> None:
     verdict = recover(scene, spoilt)
     if _looks_like_a_later_release(scene, spoilt):
         assert verdict.missing_dead == DEAD_ONES, "all of it is left alone"
-        assert not verdict.missing or spoilt.path.endswith("card.json")
+        assert not verdict.missing or spoilt.path.startswith("spool/")
         return
     lost = verdict.missing | verdict.missing_dead
     if spoilt.path not in scene.frames and not spoilt.path.endswith("entries"):
@@ -284,14 +284,16 @@ def check(scene: Scene, spoilt: Spoilt) -> None:
 
 
 def _looks_like_a_later_release(scene: Scene, spoilt: Spoilt) -> bool:
-    """Another number stands in the version of a journal's file or of the card: what it is of is kept
-    for who can read it."""
+    """Another number stands in the version of a journal's file, of a segment or of the card: what it
+    is of is kept for who can read it."""
     content = scene.files[spoilt.path]
     assert content is not None
     damaged = spoilt.apply(content)
     if spoilt.path.endswith("card.json"):
         version = re.search(rb'^{\n  "version": (\d+),\n', damaged)
         return version is not None and int(version[1]) > 1
+    if spoilt.path in scene.frames:
+        return damaged[:3] == content[:3] and damaged[3:4] not in (b"", content[3:4])
     if not spoilt.path.startswith("journals/"):
         return False
     return len(damaged) >= 64 and damaged[:3] == content[:3] and damaged[3] not in (0, content[3])
