@@ -216,10 +216,10 @@ class RelayStore(_ThroughDoor, RestStore):  # type: ignore[misc]
             super().log_batch(run_id, metrics, [], [])  # it belongs to a model, too
             return
         times_ms = dict.fromkeys(timestamp_ms for *_, timestamp_ms in points)
-        for now_ms in times_ms:  # one, as a rule
-            part = points if len(times_ms) == 1 else [each for each in points if each[3] == now_ms]
+        for time_ms in times_ms:  # one, as a rule
+            part = points if len(times_ms) == 1 else [each for each in points if each[3] == time_ms]
             keys, values, steps, _ = zip(*part, strict=True)
-            self._writer(run_id).append(records.pack_points(keys, values, steps, now_ms))
+            self._writer(run_id).append(records.pack_points(keys, values, steps, time_ms))
 
     def _checked(self, metrics: Sequence[Any]) -> list[tuple[str, float, int, int]]:
         """Return (key, value, step, timestamp in ms) of each: what MLflow's entities hold is slow
