@@ -202,7 +202,7 @@ class Journal:
     def _roll(self, size: int) -> bool:
         """Go on in the next file.
 
-        The spare is ready, unless 8 MB came between two ticks of the sender: only then is a file
+        The spare is ready, unless 8 MB came between two looks of the sender: only then is a file
         made here, in the caller's thread.
         """
         if size > self._file_bytes - ENTRIES_AT - END_BYTES_MAX:
@@ -244,6 +244,12 @@ class Journal:
         if self._spare is None:
             self._spare = self._try_make_file()
         return self._spare is not None
+
+    @property
+    def fills_a_frame(self) -> bool:
+        """Whether what was not sent is enough for a frame, and need not wait for more."""
+        file, at = self._sent_to
+        return file is not self._current or file.tail - at >= FRAME_BYTES_TARGET
 
     def next_frame(self) -> SentFrame | None:
         """Return the oldest records that were not sent, as a frame; None if there are none."""

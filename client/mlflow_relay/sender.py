@@ -10,6 +10,7 @@ states are these three:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -27,9 +28,10 @@ from .journal import Journal
 
 log = logging.getLogger("mlflow_relay")
 
-#: How long records may wait before they are sent. A wake-up of the thread costs the training some
-#: tens of microseconds of one core; 50 a second are 0.2 % of it.
-TICK_MS = 20
+#: How long records may wait before they are sent. A turn of the thread costs the training some
+#: tens of microseconds of one core; 50 a second are 0.2 % of it. An ack comes within a millisecond:
+#: to answer each with what was logged meanwhile would be thousands of turns.
+LOOK_EVERY_S = 0.02
 ATTACH_RETRY_S = 0.25
 ATTACH_REFUSED_RETRY_S = 10.0
 ACK_TIMEOUT_S = 2.0
@@ -79,12 +81,14 @@ class Sender(threading.Thread):
         self._on_no_daemon = on_no_daemon
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._ending = False
+        self._wanted_seq = 0  # somebody waits until all before it is acked
+        self._look_at = 0.0
         self._attach_at = self._ack_due = self._alive_at = self._loss_report_at = 0.0
         self._prepare_at = self._seeking_since_s = self._trouble_report_at = 0.0
         self._lost_reported = 0
 
     def wake(self) -> None:
-        """Send now what there is, not at the next tick."""
+        """Send what there is at once, and not at the next look."""
         os.eventfd_write(self._wake_fd, 1)
 
     def end(self) -> None:
@@ -103,6 +107,7 @@ class Sender(threading.Thread):
             poller = zmq.Poller()
             poller.register(socket, zmq.POLLIN)
             poller.register(self._wake_fd, zmq.POLLIN)
+            self._look_at = monotonic() + LOOK_EVERY_S  # by then it is connected
             while not self.over.is_set():
                 try:
                     self._turn(socket, poller)
@@ -113,13 +118,22 @@ class Sender(threading.Thread):
             context.destroy(linger=0)
 
     def _turn(self, socket: zmq.Socket[bytes], poller: zmq.Poller) -> None:
-        for ready, _ in poller.poll(TICK_MS):
+        wait_s = max(0.0, self._look_at - monotonic())
+        for ready, _ in poller.poll(math.ceil(wait_s * 1000)):
             if ready is socket:
                 self._receive_all(socket)
             else:
                 os.eventfd_read(self._wake_fd)
-        if not self.over.is_set():
-            self._tick(socket, monotonic())
+                self._wanted_seq = self.journal.next_seq
+        now_s = monotonic()
+        if not self.over.is_set() and self._is_due(now_s):
+            self._look_at = now_s + LOOK_EVERY_S
+            self._look(socket, now_s)
+
+    def _is_due(self, now_s: float) -> bool:
+        """Return whether to look now, which an ack alone is no reason for."""
+        is_wanted = self._ending or self.journal.acked < self._wanted_seq
+        return is_wanted or now_s >= self._look_at or self.journal.fills_a_frame
 
     def _connect(self, context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
         socket = context.socket(zmq.DEALER)
@@ -134,7 +148,7 @@ class Sender(threading.Thread):
 
     # ── out ──
 
-    def _tick(self, socket: zmq.Socket[bytes], now_s: float) -> None:
+    def _look(self, socket: zmq.Socket[bytes], now_s: float) -> None:
         if now_s >= self._prepare_at and not self.journal.prepare():
             self._prepare_at = now_s + PREPARE_RETRY_S
         self._report_losses(now_s)
@@ -207,7 +221,7 @@ class Sender(threading.Thread):
                 self.journal.close(unlink=True)
                 self.over.set()
             elif self.state is State.SENDING:
-                self.state, self._attach_at = State.SEEKING, 0.0
+                self.state, self._attach_at, self._look_at = State.SEEKING, 0.0, 0.0
         elif kind in (messages.ATTACHED, messages.NEWS, messages.REFUSED):
             fields = messages.unpack_map(payload)
             if fields["session"] == self.journal.session:
@@ -230,7 +244,7 @@ class Sender(threading.Thread):
             self.journal.rewind(int(fields["next_seq"]))
             self._seeking_since_s = 0.0
             self.state = State.SENDING
-            self._attach_at = 0.0
+            self._attach_at = self._look_at = 0.0
         if fields["mlflow_run_id"]:
             self._on_mlflow_run_id(str(fields["mlflow_run_id"]))
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -175,6 +176,29 @@ def test_no_more_is_under_way_than_the_window_allows(daemon, new_rank):
     daemon.acks = True
     rank.end()
     assert daemon.kept[SESSION] == rank.logged
+
+
+def test_an_ack_makes_the_sender_send_only_where_a_frame_is_full(daemon, new_rank, monkeypatch):
+    """A frame for each ack, and an ack for each frame: such a game takes a core from the training."""
+    rank = new_rank()
+    rank.log()
+    wait_until_acked(rank)
+    monkeypatch.setattr(sender, "LOOK_EVERY_S", 3600)
+    wait_until(lambda: rank.sender._look_at > monotonic() + 60, "no look is due in this test")
+
+    rank.log(5)
+    daemon.say(SESSION, messages.ACK, messages.pack_ack(SESSION, 1))
+    news = messages.pack_map({"session": SESSION, "mlflow_run_id": "abc"})
+    daemon.say(SESSION, messages.NEWS, news)
+    wait_until(lambda: rank.told, "the ack is read, and what came behind it")
+    assert rank.journal.unacked == 5
+
+    rank.log(2000, size=1000)
+    daemon.say(SESSION, messages.ACK, messages.pack_ack(SESSION, 1))
+    wait_until(lambda: rank.journal.acked > 1500, "full frames are sent")
+    rank.log()
+    rank.sender.wake()
+    wait_until_acked(rank)
 
 
 def test_every_third_ack_lost_and_nothing_is_lost_or_doubled(daemon, new_rank, quick):
