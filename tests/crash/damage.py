@@ -293,7 +293,7 @@ def _looks_like_a_later_release(scene: Scene, spoilt: Spoilt) -> bool:
         version = re.search(rb'^{\n  "version": (\d+),\n', damaged)
         return version is not None and int(version[1]) > 1
     if spoilt.path in scene.frames:
-        return damaged[:3] == content[:3] and damaged[3:4] not in (b"", content[3:4])
+        return damaged[:3] == content[:3] and damaged[3:4] not in (b"", b"\0", content[3:4])
     if not spoilt.path.startswith("journals/"):
         return False
     return len(damaged) >= 64 and damaged[:3] == content[:3] and damaged[3] not in (0, content[3])

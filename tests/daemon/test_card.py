@@ -157,6 +157,14 @@ def test_a_card_of_a_later_release_is_told_from_damage():
         cards.unpack(json.dumps(values).encode())
 
 
+@pytest.mark.parametrize("version", [0, -3, "1", None])
+def test_a_version_that_never_was_is_damage(version):
+    values = json.loads(cards.pack(new_card()))
+    values["version"] = version
+    with pytest.raises(FormatError, match="the run card is damaged"):
+        cards.unpack(json.dumps(values).encode())
+
+
 def test_fields_that_a_later_release_added_are_passed_over():
     """It would have raised the version, had it changed the meaning of the others."""
     values = json.loads(cards.pack(new_card()))

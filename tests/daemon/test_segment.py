@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlflow_relay import frames
 from mlflow_relay.errors import FormatError, VersionError
 from mlflow_relay_daemon.spool import segment
 from mlflow_relay_daemon.spool.disk import Disk
@@ -126,6 +127,18 @@ def test_a_segment_of_a_later_release_is_told_from_damage(tmp_path):
     path.write_bytes(data)
     with opened(path) as fd, pytest.raises(VersionError, match="this release reads 1"):
         read_head(fd)
+
+
+def test_a_version_that_never_was_is_damage_and_the_frames_are_found(tmp_path):
+    path = write_segment(tmp_path)
+    data = bytearray(path.read_bytes())
+    begin = data.index(frames.MAGIC)
+    data[3] = 0
+    path.write_bytes(data)
+    with opened(path) as fd:
+        with pytest.raises(FormatError, match="not a segment"):
+            read_head(fd)
+        assert segment.first_frame(fd, len(data)) == begin
 
 
 # ── frames ──

@@ -173,8 +173,10 @@ def unpack(data: bytes) -> Card:
     try:
         values: dict[str, Any] = json.loads(data)
         version, crc = values.pop("version"), values.pop("crc", None)
-        if version != VERSION:
+        if version > VERSION:
             raise VersionError(f"run card of version {version}; this release reads {VERSION}")
+        if version != VERSION:
+            raise FormatError(f"the run card is damaged: there was no version {version}")
         if crc not in (None, _crc(values)):  # None: somebody has mended it by hand
             raise FormatError("the run card is damaged: its CRC does not fit")
         card = Card(**_known(Card, values))

@@ -76,8 +76,8 @@ def read_head(fd: int) -> tuple[Head, int]:
     if len(start) < _HEAD.size:
         raise FormatError("segment cut off in its head")
     magic, version, length, crc = _HEAD.unpack(start)
-    if magic != _MAGIC or length > _HEAD_BYTES_MAX:
-        raise FormatError("not a segment")
+    if magic != _MAGIC or not version or length > _HEAD_BYTES_MAX:
+        raise FormatError("not a segment")  # a version 0 never was: it is what a disk puts there
     if version != _VERSION:
         raise VersionError(f"segment of version {version}; this release reads {_VERSION}")
     body = os.pread(fd, length, _HEAD.size)
