@@ -387,14 +387,14 @@ def kill_and_repeat(
     write_mlruns(folder / "mlruns", family.values())
     run_id = fresh_id()
     wanted = write_spool(folder / "spool", new_card(run_id), points=points)
-    cut = 0
-    for _ in range(kills):
+    calls = cut = 0
+    while cut < kills:  # one that came to its end before its moment is followed by another
         call = start_sync(folder / "mlruns", folder / "spool", "--tracking-uri", server.uri)
         time.sleep(rng.uniform(0.2, longest_s))  # the moment is what is random here
-        cut += call.poll() is None
+        cut, calls = cut + (call.poll() is None), calls + 1
         call.kill()
         call.communicate()
-    show(f"{cut} of {kills} calls were cut off")
+    show(f"{cut} of {calls} calls were cut off")
     sync(folder / "mlruns", folder / "spool", "--tracking-uri", server.uri)
     check_anemoi_links(server, family)
     _, found = points_of(server, run_id)
