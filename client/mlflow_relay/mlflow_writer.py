@@ -50,13 +50,17 @@ class RunWriter:
         session.journal.append(record)
 
     def settle(self) -> bool:
-        """Return once the daemon has all on its disk; False: it takes too long."""
+        """Return once the daemon has on its disk what was logged before; False: it takes too long.
+
+        What other threads log meanwhile is not waited for: that may never end.
+        """
         session = self._session
         if session is None or not session.journal.unacked:
             return True
+        logged = session.journal.next_seq
         session.sender.wake()
         until_s = monotonic() + SETTLE_TIMEOUT_S
-        while session.journal.unacked:
+        while session.journal.acked < logged:
             if monotonic() > until_s:
                 return False
             sleep(_POLL_S)

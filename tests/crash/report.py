@@ -48,6 +48,7 @@ MENDED = (
     "a daemon whose file descriptors were used up was ended by libzmq",
     "a stop left in memory what of a dead rank's long journal one look had no time for",
     "a rank that came and failed between two looks had no say in the end of its run",
+    "a segment or a card of a version that never was waited for a release that reads it",
 )
 
 _HEAD = """# Reliability
