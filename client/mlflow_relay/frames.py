@@ -30,7 +30,7 @@ _CRC_AT = HEADER_BYTES - 4
 #: One call is split into records of at most this; larger ones are refused at the call.
 RECORD_BYTES_MAX = 4 << 20
 #: What the sender puts into one frame; a single larger record gets a frame of its own.
-FRAME_BYTES_TARGET = 256 << 10
+FRAME_BYTES_TARGET = 128 << 10
 FRAME_BYTES_MAX = RECORD_BYTES_MAX + ENTRY_BYTES + HEADER_BYTES
 
 

@@ -36,6 +36,9 @@ ATTACH_RETRY_S = 0.25
 ATTACH_REFUSED_RETRY_S = 10.0
 ACK_TIMEOUT_S = 2.0
 NO_DAEMON_AFTER_S = 0.2
+#: Pause between two frames of a backlog: to count and to pack one holds the interpreter's lock for
+#: some 0.3 ms, and the training is let in before the next.
+FRAME_PAUSE_S = 1e-4
 #: Pause after the file system had no space for another file of the journal.
 PREPARE_RETRY_S = 1.0
 ALIVE_EVERY_S = 5.0
@@ -149,20 +152,27 @@ class Sender(threading.Thread):
     # ── out ──
 
     def _look(self, socket: zmq.Socket[bytes], now_s: float) -> None:
-        if now_s >= self._prepare_at and not self.journal.prepare():
-            self._prepare_at = now_s + PREPARE_RETRY_S
         self._report_losses(now_s)
         if self.state is State.SENDING and self.journal.in_flight_bytes and now_s > self._ack_due:
             self.state = State.SEEKING  # a daemon that was killed had frames of ours
-        if self.state is not State.SENDING:
-            self._seek_help(now_s)
-            if now_s >= self._attach_at:
-                self._attach_at = now_s + (
-                    ATTACH_RETRY_S if self.state is State.SEEKING else ATTACH_REFUSED_RETRY_S
-                )
-                attach = {**self._card, "first_seq": self.journal.acked}
-                _try_send(socket, messages.ATTACH, messages.pack_map(attach))
+        if self.state is State.SENDING:
+            self._send_all(socket, now_s)
+        else:
+            self._seek(socket, now_s)
+        # Last, for it takes milliseconds; and not for a session that will log no more.
+        if now_s >= self._prepare_at and not self._ending and not self.journal.prepare():
+            self._prepare_at = now_s + PREPARE_RETRY_S
+
+    def _seek(self, socket: zmq.Socket[bytes], now_s: float) -> None:
+        self._seek_help(now_s)
+        if now_s < self._attach_at:
             return
+        attach = {**self._card, "first_seq": self.journal.acked}
+        if _try_send(socket, messages.ATTACH, messages.pack_map(attach)):
+            is_refused = self.state is State.REFUSED
+            self._attach_at = now_s + (ATTACH_REFUSED_RETRY_S if is_refused else ATTACH_RETRY_S)
+
+    def _send_all(self, socket: zmq.Socket[bytes], now_s: float) -> None:
         self._send_frames(socket, now_s)
         if self._ending and not self.journal.unacked and now_s >= self._attach_at:
             self._attach_at = now_s + ATTACH_RETRY_S  # a lost answer is asked for again
@@ -187,6 +197,8 @@ class Sender(threading.Thread):
             if not self.journal.in_flight_bytes:
                 self._ack_due = now_s + ACK_TIMEOUT_S
             self.journal.mark_sent(frame)
+            if self.journal.fills_a_frame:
+                time.sleep(FRAME_PAUSE_S)
 
     def _send(self, socket: zmq.Socket[bytes], kind: bytes, payload: bytes) -> bool:
         """Return False if the daemon is gone: then it is sought."""

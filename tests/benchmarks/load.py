@@ -16,7 +16,7 @@ from tests.benchmarks.bench import CHECKOUT, SCRIPTS, Bench, BenchNode, code_pat
 
 #: What one process sends for: one per core keeps the machine busy without a queue for it.
 PROCESSES_MAX = 2
-RECORDS, METRICS = 1100, 10  # a frame of 256 KiB, as a busy rank sends it
+RECORDS, METRICS, FRAME_BYTES = 550, 10, 132_600  # a frame as a busy rank sends it
 
 
 @dataclass

@@ -790,7 +790,9 @@ def test_no_daemon_is_started_unless_asked_for(start, socket, monkeypatch):
     run = start(run_key=new_key())
     session = run._session
     assert session is not None
-    wait_until(lambda: session.sender._attach_at > session.sender._seeking_since_s + 0.7, "a while")
+    sender = session.sender
+    wait_until(lambda: sender._seeking_since_s, "a daemon is sought")
+    wait_until(lambda: sender._look_at > sender._seeking_since_s + 0.7, "a while")
 
     assert sorted(path.name for path in socket.parent.iterdir()) == ["journals"]
 

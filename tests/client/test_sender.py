@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
 from time import monotonic
 from typing import Any
 
@@ -107,6 +108,43 @@ def test_a_daemon_that_comes_later_gets_all(socket, new_rank):
         assert daemon.kept == {SESSION: rank.logged}
 
 
+def test_the_daemon_that_was_not_there_yet_is_asked_at_the_next_look(socket, new_rank, monkeypatch):
+    monkeypatch.setattr(sender, "ATTACH_RETRY_S", 3600)
+    rank = new_rank()
+    rank.log(5)
+    wait_until(lambda: rank.sender._seeking_since_s, "the first attempt found nobody")
+    with FakeDaemon(socket) as daemon:
+        rank.end()
+        assert daemon.kept == {SESSION: rank.logged}
+
+
+def test_the_journals_next_file_is_made_behind_what_the_daemon_waits_for(
+    daemon, new_rank, monkeypatch
+):
+    """It takes milliseconds, and a rank that ends at once has tenths of a second to attach."""
+    may_be_made = Event()
+    monkeypatch.setattr(Journal, "prepare", lambda journal: may_be_made.wait(60))
+    rank = new_rank()
+    try:
+        daemon.wait_for(messages.ATTACH)
+    finally:
+        may_be_made.set()
+    rank.end()
+
+
+def test_a_session_that_ends_makes_no_file_for_what_comes_next(folder, daemon, quick, monkeypatch):
+    made: list[Journal] = []
+    monkeypatch.setattr(Journal, "prepare", lambda journal: bool(made.append(journal)))
+    rank = Rank(folder)
+    rank.log(5)
+    rank.sender.end()
+    rank.sender.start()
+    rank.end()
+
+    assert made == []
+    assert daemon.kept == {SESSION: rank.logged}
+
+
 def test_losses_are_told_when_the_session_ends(daemon, new_rank):
     rank = new_rank()
     assert not rank.journal.append(bytes(2 * FILE_BYTES))
@@ -171,7 +209,7 @@ def test_no_more_is_under_way_than_the_window_allows(daemon, new_rank):
     rank.log(900, size=7000)
     wait_until(lambda: rank.journal.in_flight_bytes >= sender.WINDOW_BYTES, "the window is full")
 
-    assert rank.journal.in_flight_bytes < sender.WINDOW_BYTES + (300 << 10)
+    assert rank.journal.in_flight_bytes < sender.WINDOW_BYTES + (150 << 10)
     assert rank.journal.unacked == 900
     daemon.acks = True
     rank.end()
@@ -414,8 +452,8 @@ def test_help_is_asked_for_once_where_no_daemon_answers(new_rank):
     rank = new_rank(on_no_daemon=lambda: asked.append(1))
     wait_until(lambda: asked, "help is asked for")
     rank.log(5)
-    before = rank.sender._attach_at
-    wait_until(lambda: rank.sender._attach_at > before + 1, "some more attempts")
+    before = rank.sender._look_at
+    wait_until(lambda: rank.sender._look_at > before + 1, "some more attempts")
 
     assert asked == [1]
 
@@ -437,8 +475,8 @@ def test_losses_are_logged_once_a_minute_and_counted_in_full(new_rank, caplog):
     wait_until(lambda: caplog.records, "said")
     for _ in range(4):
         assert not rank.journal.append(bytes(2 * FILE_BYTES))
-    before = rank.sender._attach_at
-    wait_until(lambda: rank.sender._attach_at > before, "another turn")
+    before = rank.sender._look_at
+    wait_until(lambda: rank.sender._look_at > before + 0.1, "some more turns")
 
     (said,) = [each for each in caplog.records if each.levelno == logging.ERROR]
     assert "the journal is full" in said.getMessage()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from tests.benchmarks.bench import OWN, Bench, BenchNode
-from tests.benchmarks.load import Load, Senders, send_to
+from tests.benchmarks.load import FRAME_BYTES, Load, Senders, send_to
 from tests.benchmarks.outcome import Outcome, Plot, Table, Target
 
 
@@ -96,7 +96,7 @@ def _spool(bench: Bench, outcome: Outcome) -> None:
     for size in sizes:
         for name in bench.relays:
             with bench.node(name) as node:
-                send_to(node, Load(clients=2, frames=max(1, round(size / 2 / 174_000))))
+                send_to(node, Load(clients=2, frames=max(1, round(size / 2 / FRAME_BYTES))))
                 node.kill()
                 begin_s = time.monotonic()
                 node.start()

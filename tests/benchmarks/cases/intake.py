@@ -19,7 +19,7 @@ def run(bench: Bench) -> Outcome:
 
 
 def _against_the_bare_pipe(bench: Bench, outcome: Outcome) -> None:
-    load = Load(clients=8, frames=bench.pick(60, 150))
+    load = Load(clients=8, frames=bench.pick(120, 300))
     found: dict[str, list[dict]] = {name: [] for name in bench.relays}
     bare: list[float] = []
     for _ in range(bench.pick(3, 5)):
@@ -45,7 +45,7 @@ def _against_the_bare_pipe(bench: Bench, outcome: Outcome) -> None:
             ]
         )
     columns = ["", "million points/s", "of the pipe", "daemon CPU µs/point", "daemon MB"]
-    note = "8 clients with prepacked frames of 1,100 calls of 10 metrics, as fast as they go."
+    note = "8 clients with prepacked frames of 550 calls of 10 metrics, as fast as they go."
     outcome.tables.append(Table("Intake, 8 ranks at full speed", columns, rows, note))
     rates = [one["points_per_s"] for one in found[OWN]]
     outcome.targets += [
@@ -68,7 +68,7 @@ def _by_clients(bench: Bench, outcome: Outcome) -> None:
     lines: dict[str, list[tuple[float, float]]] = {name: [] for name in bench.relays}
     for clients in (1, 8, 64, 512):
         # The same points for all; with many clients in small frames, as a training sends them.
-        frames = max(4, 1000 // clients)
+        frames = max(4, 2000 // clients)
         load = Load(clients, frames, records=RECORDS_BY_CLIENTS[clients])
         for name in bench.relays:
             with bench.node(name) as node:
@@ -101,7 +101,7 @@ def _by_clients(bench: Bench, outcome: Outcome) -> None:
     outcome.plots.append(Plot("intake-clients", "Intake", "clients", "points/s", lines))
 
 
-RECORDS_BY_CLIENTS = {1: 1100, 8: 1100, 64: 300, 512: 100}
+RECORDS_BY_CLIENTS = {1: 550, 8: 550, 64: 300, 512: 100}
 
 
 def _ack_at_a_trainings_pace(bench: Bench, outcome: Outcome) -> None:
