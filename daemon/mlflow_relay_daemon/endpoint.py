@@ -7,9 +7,11 @@ import contextlib
 import logging
 import os
 import resource
+import threading
 from pathlib import Path
 
 import zmq
+from zmq.utils.monitor import parse_monitor_message
 
 from mlflow_relay import messages
 from mlflow_relay.paths import private_dir
@@ -23,6 +25,9 @@ RESERVE_MAX = 256
 
 class Endpoint:
     """A ZeroMQ ROUTER at a path.
+
+    A thread counts who connects: a crowd is quicker than the daemon's next look, which may have to
+    wait for the disk.
 
     Args:
         path: made here, for this user alone.
@@ -38,26 +43,55 @@ class Endpoint:
         self.socket.rcvhwm = 200  # frames; beyond it ranks wait, in their journals
         # What is too large is counted; what is far too large, ZeroMQ refuses to take in at all.
         self.socket.maxmsgsize = 2 * messages.MESSAGE_BYTES_MAX
+        # Those who wait at the door come in after it is hidden.
+        self.socket.backlog = max(8, min(100, _reserve(_limit()) // 2))
         self._hidden_path = path.with_name(path.name + ".hidden")
         self._is_hidden = False
+        self._lock = threading.Lock()  # of what the path is named
         self._open()
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_MONITOR_STOPPED
+        self._counter = threading.Thread(
+            target=self._count_arrivals,
+            args=(self.socket.get_monitor_socket(events),),
+            name="arrivals",
+            daemon=True,
+        )
+        self._counter.start()
 
     def look(self) -> None:
         """Be there for those who come, if there are descriptors for them; called now and then."""
-        if are_descriptors_short():
-            self._hide()
-        elif self._is_hidden:
-            self._show()
-        elif not self._path.exists():  # systemd's RemoveIPC, a clean-up
-            with contextlib.suppress(zmq.ZMQError):
-                self.socket.unbind(self._uri)
-            self._open()
-            log.error("the socket %s was gone and is made anew", self._path)
+        with self._lock:
+            if are_descriptors_short():
+                self._hide()
+            elif self._is_hidden:
+                self._show()
+            elif not self._path.exists():  # systemd's RemoveIPC, a clean-up
+                with contextlib.suppress(zmq.ZMQError):
+                    self.socket.unbind(self._uri)
+                self._open()
+                log.error("the socket %s was gone and is made anew", self._path)
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Nobody is to come any more."""
+        self.socket.disable_monitor()
+        self._counter.join()
+        self.socket.close()
         for path in (self._path, self._hidden_path):
             path.unlink(missing_ok=True)
+
+    def _count_arrivals(self, monitor: zmq.Socket[bytes]) -> None:
+        arrivals = 0
+        with monitor:
+            while True:
+                event = parse_monitor_message(monitor.recv_multipart())["event"]
+                if event == zmq.EVENT_MONITOR_STOPPED:
+                    return
+                arrivals += 1
+                if arrivals % max(1, _reserve(_limit()) // 8):
+                    continue
+                with self._lock:
+                    if are_descriptors_short():
+                        self._hide()
 
     def _open(self) -> None:
         private_dir(self._path.parent)
@@ -82,7 +116,7 @@ class Endpoint:
         log.error(
             "nearly all of %d file descriptors are in use: ranks that come now have to wait, and "
             "keep what they log: raise the limit (LimitNOFILE= of the unit, ulimit -Hn)",
-            resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            _limit(),
         )
 
     def _show(self) -> None:
@@ -94,11 +128,19 @@ class Endpoint:
 
 def are_descriptors_short() -> bool:
     """Return whether the process has nearly as many files and connections open as it may."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = _limit()
     if limit == resource.RLIM_INFINITY:
         return False
     try:
         used = len(os.listdir("/proc/self/fd"))
     except OSError:  # there is none left to look with
         return True
-    return used > limit - min(RESERVE_MAX, limit // 4)
+    return used > limit - _reserve(limit)
+
+
+def _limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _reserve(limit: int) -> int:
+    return RESERVE_MAX if limit == resource.RLIM_INFINITY else min(RESERVE_MAX, limit // 4)

@@ -125,8 +125,8 @@ class Intake:
         self._untold.discard(session)
 
     def close(self) -> None:
+        self.endpoint.close()
         self._context.destroy(linger=200)
-        self.endpoint.remove()
         os.close(self._wake_fd)
 
     # ── in ──
