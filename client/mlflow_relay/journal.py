@@ -109,7 +109,8 @@ class Journal:
         folder: exists; on a file system in memory if log calls are to be quick at all times.
         session: 16 bytes.
         card: what the daemon must know to take the session over when nobody is left to tell it.
-        bytes_max: of all entries files together; beyond it records are lost, and counted.
+        bytes_max: of all entries files together, and a file more where two threads make one at the
+            same time; beyond it records are lost, and counted.
         shared: the daemon is another user, who reads the files as a member of the folder's group.
 
     Raises: JournalError: no space, no permission.

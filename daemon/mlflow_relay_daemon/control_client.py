@@ -17,6 +17,7 @@ import zmq
 
 from mlflow_relay.errors import FormatError
 from mlflow_relay.messages import CONTROL, REPLY, pack_map, unpack_map
+from mlflow_relay_daemon.endpoint import hidden_path
 from mlflow_relay_daemon.exits import DEGRADED, NO_DAEMON, CommandError
 
 ANSWER_TIMEOUT_S = 5.0  # a daemon that is alive answers within one fsync; 5 s outlasts a slow disk
@@ -148,11 +149,13 @@ class ControlClient:
     # --- the wire -----------------------------------------------------------------------------
 
     def _call_up(self) -> zmq.Socket[bytes]:
+        hidden = hidden_path(self._path)
+        path = hidden if hidden.exists() and not self._path.exists() else self._path
         # ZeroMQ retries a dead address in silence until the timeout; a plain connect knows at once.
-        probe_socket(self._path)
+        probe_socket(path)
         dealer = self._context.socket(zmq.DEALER)
         dealer.linger = 0  # no MAXMSGSIZE: the status of thousands of runs may pass a frame's limit
-        dealer.connect(f"ipc://{self._path}")
+        dealer.connect(f"ipc://{path}")
         self._dealer = dealer
         return dealer
 

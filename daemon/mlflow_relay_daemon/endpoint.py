@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 RESERVE_MAX = 256
 
 
+def hidden_path(path: Path) -> Path:
+    """Return where a daemon's socket is while nobody else is let in: for operators."""
+    return path.with_name(path.name + ".hidden")
+
+
 class Endpoint:
     """A ZeroMQ ROUTER at a path.
 
@@ -32,6 +37,8 @@ class Endpoint:
     Args:
         path: made here, for this user alone.
         gid: of the group whose members may connect, too.
+    Attributes:
+        is_hidden: who comes now does not find it.
     """
 
     def __init__(
@@ -45,8 +52,8 @@ class Endpoint:
         self.socket.maxmsgsize = 2 * messages.MESSAGE_BYTES_MAX
         # Those who wait at the door come in after it is hidden.
         self.socket.backlog = max(8, min(100, _reserve(_limit()) // 2))
-        self._hidden_path = path.with_name(path.name + ".hidden")
-        self._is_hidden = False
+        self._hidden_path = hidden_path(path)
+        self.is_hidden = False
         self._lock = threading.Lock()  # of what the path is named
         self._open()
         events = zmq.EVENT_ACCEPTED | zmq.EVENT_MONITOR_STOPPED
@@ -63,7 +70,7 @@ class Endpoint:
         with self._lock:
             if are_descriptors_short():
                 self._hide()
-            elif self._is_hidden:
+            elif self.is_hidden:
                 self._show()
             elif not self._path.exists():  # systemd's RemoveIPC, a clean-up
                 with contextlib.suppress(zmq.ZMQError):
@@ -109,10 +116,10 @@ class Endpoint:
     def _hide(self) -> None:
         """Under another name nobody finds it: those who come try again, and keep in their journals
         what they log. Those who are here stay, whom an unbind would cut off."""
-        if self._is_hidden or not self._path.exists():
+        if self.is_hidden or not self._path.exists():
             return
         self._path.rename(self._hidden_path)
-        self._is_hidden = True
+        self.is_hidden = True
         log.error(
             "nearly all of %d file descriptors are in use: ranks that come now have to wait, and "
             "keep what they log: raise the limit (LimitNOFILE= of the unit, ulimit -Hn)",
@@ -120,7 +127,7 @@ class Endpoint:
         )
 
     def _show(self) -> None:
-        self._is_hidden = False
+        self.is_hidden = False
         with contextlib.suppress(FileNotFoundError):  # then it is made anew
             self._hidden_path.rename(self._path)
         log.warning("there are file descriptors again: ranks are let in")

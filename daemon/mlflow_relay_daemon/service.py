@@ -336,6 +336,7 @@ class Service:
         """Return the status object. In the loop's thread."""
         return self._status.read(
             sessions_open=len(self._intake.sessions),
+            accepts_ranks=not self._intake.endpoint.is_hidden,
             is_full=self._runs.is_full,
             http_port=None if self._http is None else self._http.port,
         )

@@ -39,14 +39,23 @@ class StatusReader:
         self._started_ms = clock.now_ms()
 
     def read(
-        self, *, sessions_open: int, is_full: bool, http_port: int | None = None
+        self,
+        *,
+        sessions_open: int,
+        accepts_ranks: bool,
+        is_full: bool,
+        http_port: int | None = None,
     ) -> dict[str, Any]:
         """Return the status object."""
         spool = self._runs.spool
         return {
             "schema_version": SCHEMA_VERSION,
             "time_ms": clock.now_ms(),
-            "daemon": {**self._daemon(sessions_open), "http_port": http_port},
+            "daemon": {
+                **self._daemon(sessions_open),
+                "accepts_ranks": accepts_ranks,
+                "http_port": http_port,
+            },
             "server": _server(self._runs.breaker),
             "disk": {
                 "spool_bytes": spool.segment_bytes(),

@@ -78,7 +78,7 @@ def a_status(*runs: dict[str, Any], **changes: Any) -> dict[str, Any]:
             "pid": 4321, "version": __version__, "started_ms": NOW_MS - 10_800_000,
             "spool": "/var/spool/relay", "socket": "/run/relay.sock",
             "tracking_uri": "http://mlflow:5000", "offline": False, "memory_bytes": 62_000_000,
-            "cpu_s": 12.5, "sessions_open": 8,
+            "cpu_s": 12.5, "sessions_open": 8, "accepts_ranks": True,
         },
         "server": {"state": "up", "since_ms": NOW_MS - 3_600_000, "last_error": None,
                    "next_try_ms": None},
@@ -326,6 +326,7 @@ def test_a_run_that_needs_a_person_degrades_and_says_what_to_do(
     [
         {"server": DOWN},
         {"disk": {**a_status()["disk"], "full": True}},
+        {"daemon": {**a_status()["daemon"], "accepts_ranks": False}},
         {"counters": {**a_status()["counters"], "fsync_failures": 1}},
         {"counters": {**a_status()["counters"], "quarantined_files": 1}},
     ],

@@ -61,6 +61,8 @@ def test_a_crowd_that_would_take_all_descriptors_finds_the_door_shut(node, mlflo
         print(f"round {number}: {came} of {KNOCKS} each were let in")
         assert sum(came) < KNOCKERS * KNOCKS
         assert node.daemon.poll() is None, "the daemon lives"
+        said = node.command("status")
+        assert "short of file descriptors" in said.stdout, said
         tell(crowd)
         finish(crowd)
         wait_until(node.socket.exists, "the door is open again")

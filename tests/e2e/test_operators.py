@@ -314,7 +314,7 @@ SCHEMA: dict[str, Any] = {
     "daemon": {
         "pid": NUMBER, "version": TEXT, "started_ms": NUMBER, "spool": TEXT, "socket": TEXT,
         "tracking_uri": TEXT, "offline": (bool,), "memory_bytes": NUMBER, "cpu_s": (float,),
-        "sessions_open": NUMBER,
+        "sessions_open": NUMBER, "accepts_ranks": (bool,),
     },
     "server": {
         "state": TEXT, "since_ms": NUMBER, "last_error": MAYBE_TEXT, "next_try_ms": MAYBE_NUMBER,

@@ -192,6 +192,11 @@ def troubles(status: Status) -> list[str]:
             f"the server is down ({one_line(server['last_error'] or 'no reason known')}): nothing "
             "is lost, delivery goes on by itself when it is back; `mlflow-relay check` tests it"
         )
+    if not (status["daemon"] or {}).get("accepts_ranks", True):  # an older one does not say
+        found.append(
+            "the daemon is short of file descriptors: ranks that come now wait, and their journals "
+            "hold what they log; raise its limit (LimitNOFILE= of the unit, ulimit -Hn)"
+        )
     if status["disk"]["full"]:
         found.append(
             "the spool's disk is full or its quota is reached: journals hold what ranks log; free "

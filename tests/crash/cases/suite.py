@@ -35,8 +35,10 @@ def run(job: Job) -> Outcome:
             process.wait()
         file.seek(0)
         said = file.read()
-    counts = {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|error)", said)}
-    outcome.count = sum(counts.values())
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", said)
+    counts = {word: int(count) for count, word in found}
+    outcome.figures |= {word: f"{count:,}" for word, count in counts.items()}
+    outcome.count = sum(counts.values()) - counts.get("skipped", 0)
     for line in said.splitlines():
         if line.startswith(("FAILED", "ERROR")):
             outcome.found(line[:300])
